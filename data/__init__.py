@@ -7,7 +7,8 @@ traceback), Ctrl-C is exit code 130. They live here because this package imports
 import argparse
 import os
 import sys
-from typing import Callable, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,199 @@
+"""(mixture, seed, step, rank) → a packed batch. No iterator, no state: resuming is a step number.
+
+The global batch of step s is sequences s·B … s·B + B-1 of one endless order, which is a pure function of the mixture and
+the seed; rank r of w takes the r-th of w equal slices. So the order is the same on any number of ranks.
+
+1. Mixture: the order is made of blocks, each the smallest number of sequences in which every weight is a whole count
+   (20 for 0.85 / 0.10 / 0.05). Inside a block the sources come in a random order, in exactly these counts.
+2. Inside a source: its sequences in a random order, each once before any comes again; each epoch has its own order.
+3. Randomness is a hash of (seed, where), never a generator that is drawn from, so it can be entered anywhere, and does
+   not change with numpy's version.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data import tokenizer
+from data.prepare import Shard, read_index
+
+LARGEST_BLOCK = 10_000  # a weight that is no whole count in any block up to here is rounded to 1/10,000
+
+
+class Batch(NamedTuple):
+    """tokens, targets, doc_start (B, T) and source (B,), all int64.
+
+    targets: the next token; -1 where there is none to learn: after the end-of-text token, and in padding.
+    doc_start: for each token the index, in its row, of its document's first token (0 if that lies in an earlier row).
+    source: index into Loader.names.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    doc_start: torch.Tensor
+    source: torch.Tensor
+
+
+class Loader:
+    """Batches of a prepared folder. mixture: {source: weight}; batch_size B counts the sequences of all ranks.
+
+    Raises ValueError or FileNotFoundError for a folder, a mixture or a length that does not fit.
+    """
+
+    def __init__(self, data_dir, mixture: dict[str, float], seq_len: int, batch_size: int, seed: int = 0):
+        self.names, self.seq_len, self.batch_size, self.seed = tuple(mixture), seq_len, batch_size, seed
+        self.train, self.val = _open_shards(Path(data_dir), mixture, seq_len)
+        self.counts = block_counts(mixture)  # (sources,) sequences of each in a block
+        self.sizes = np.array([_sequences(shard, seq_len) for shard in self.train])  # (sources,) sequences there are
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Rank's B / world rows of the batch of this step."""
+        rows = self._rows(world)
+        source, sequence = self.order(np.arange(rows) + step * self.batch_size + rank * rows)
+        return _assemble([self.train[s] for s in source], sequence, source, self.seq_len)
+
+    def _rows(self, world: int) -> int:
+        if self.batch_size % world:
+            raise ValueError(f"a batch of {self.batch_size} sequences cannot be divided among {world} ranks")
+        return self.batch_size // world
+
+    def order(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (n,) of the endless order → (source, sequence inside the source's shard), each (n,)."""
+        source, index = self._mix(position)
+        epoch, place = np.divmod(index, self.sizes[source])
+        return source, _permute(place, self.sizes[source], _hash(self.seed, 1, source, epoch))
+
+    def _mix(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (n,) → (source, how many sequences of that source came before), each (n,)."""
+        size = self.counts.sum()
+        blocks, row = np.unique(position // size, return_inverse=True)
+        keys = _hash(self.seed, 0, blocks[:, None] * size + np.arange(size))  # (blocks, size)
+        sources = np.repeat(np.arange(len(self.counts)), self.counts)  # (size,) a block before it is shuffled
+        shuffled = sources[np.argsort(keys, axis=1, kind="stable")]  # (blocks, size)
+        # How many of the same source stand before a place of its block: number each source's places from the left.
+        before = np.empty_like(shuffled)
+        numbers = np.concatenate([np.arange(count) for count in self.counts])[None]  # (1, size)
+        np.put_along_axis(before, np.argsort(shuffled, axis=1, kind="stable"), numbers, axis=1)
+        source = shuffled[row, position % size]  # (n,)
+        return source, position // size * self.counts[source] + before[row, position % size]
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been seen when `step` steps are done."""
+        blocks, rest = divmod(step * self.batch_size, int(self.counts.sum()))
+        source, _ = self._mix(blocks * self.counts.sum() + np.arange(rest))
+        seen = blocks * self.counts + np.bincount(source, minlength=len(self.counts))
+        return dict(zip(self.names, (seen / self.sizes).tolist(), strict=True))
+
+    def validation(self, batches: int, rank: int = 0, world: int = 1) -> Iterator[tuple[str, Batch]]:
+        """(source, batch) over the beginning of each source's held-out shard, at most `batches` for each source.
+
+        Every rank gets equally many batches of equal shape: where a shard ends, rows are filled with no targets.
+        """
+        rows = self._rows(world)
+        for s, (name, shard) in enumerate(zip(self.names, self.val, strict=True)):
+            total = _sequences(shard, self.seq_len)
+            for first in range(0, min(total, batches * self.batch_size), self.batch_size):
+                sequence = np.arange(rows) + first + rank * rows
+                batch = _assemble([shard] * rows, np.minimum(sequence, total - 1), np.full(rows, s), self.seq_len)
+                batch.targets[torch.from_numpy(sequence >= total)] = -1
+                yield name, batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The order
+
+
+def block_counts(mixture: dict[str, float]) -> np.ndarray:
+    """Sequences of each source in the smallest block where all counts are whole, or nearly so (largest remainders)."""
+    weights = np.array(list(mixture.values()), float)
+    if not mixture or not (weights.min() >= 0 and abs(weights.sum() - 1) <= 1e-6):
+        terms = " + ".join(f"{name} {weight:g}" for name, weight in mixture.items())
+        raise ValueError(f"the weights of a mixture must be 0 or more and sum to 1, not {weights.sum():g}: {terms}")
+    sizes = np.arange(1, LARGEST_BLOCK + 1)
+    error = np.abs(sizes[:, None] * weights - np.rint(sizes[:, None] * weights)).max(axis=1)
+    whole = np.flatnonzero(error < 1e-9 * sizes)
+    size = sizes[whole[0]] if len(whole) else LARGEST_BLOCK
+    exact = weights * size
+    counts = np.floor(exact + 1e-9 * size).astype(np.int64)
+    largest = np.argsort(counts - exact, kind="stable")[: size - counts.sum()]
+    counts[largest] += 1
+    return counts
+
+
+def _hash(*parts) -> np.ndarray:
+    """Integers (broadcast against each other) → uint64 that look random: the finaliser of splitmix64, once per part."""
+    out = np.zeros(1, np.uint64)
+    for part in parts:
+        out = (out ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        out = (out ^ (out >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        out = (out ^ (out >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        out = out ^ (out >> np.uint64(31))
+    return out
+
+
+def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """A bijection of 0 … size-1 for each key, without a table: all three (n,).
+
+    A Feistel network on pairs (left, right) below √size: each round adds a hash of one half to the other, which can be
+    undone whatever the hash is. Pairs that encode a number ≥ size are sent through again until they do not.
+    """
+    side = np.ceil(np.sqrt(size)).astype(np.int64)
+    y = x.copy()
+    todo = np.ones(len(x), bool)
+    while todo.any():
+        left, right = np.divmod(y, side)
+        for turn in range(4):
+            left, right = right, (left + (_hash(key, turn, right) >> np.uint64(1)).astype(np.int64)) % side
+        y = np.where(todo, left * side + right, y)
+        todo = y >= size
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rows
+
+
+def _open_shards(folder: Path, mixture: dict, seq_len: int) -> tuple[list[Shard], list[Shard]]:
+    index = read_index(folder)
+    if index is None:
+        raise FileNotFoundError(f"{folder} holds no prepared data (no index.json): run python -m data.prepare")
+    if unknown := [name for name in mixture if name not in index["sources"]]:
+        raise ValueError(f"{folder} has no source {unknown[0]!r} (it has: {', '.join(index['sources'])})")
+    expected = tokenizer.load(folder).hash
+    train, val = ([Shard(folder / f"{name}.{split}.bin") for name in mixture] for split in ("train", "val"))
+    for shard in train + val:
+        if shard.header["tokenizer"] != expected:
+            raise ValueError(f"{shard.path} was made with another tokenizer than {folder}'s: prepare it again")
+        if shard.kind == "document" and shard.seq_len != seq_len:
+            raise ValueError(f"{shard.path} is packed for sequences of {shard.seq_len} tokens, not {seq_len}")
+        if _sequences(shard, seq_len) == 0:
+            raise ValueError(f"{shard.path} has {len(shard.tokens)} tokens, less than a sequence of {seq_len}")
+    return train, val
+
+
+def _sequences(shard: Shard, seq_len: int) -> int:
+    return len(shard.used) if shard.kind == "document" else (len(shard.tokens) - 1) // seq_len
+
+
+def _assemble(shards: list[Shard], sequence: np.ndarray, source: np.ndarray, seq_len: int) -> Batch:
+    """Row i of the batch is sequence[i] of shards[i]."""
+    tokens = np.empty((len(shards), seq_len + 1), np.int64)  # inputs, and one more for the last target
+    begins = np.zeros((len(shards), seq_len + 1), bool)  # a document, or the padding, begins here
+    real = np.full((len(shards), 1), seq_len + 1)  # tokens before the padding
+    for i, (shard, n) in enumerate(zip(shards, sequence.tolist(), strict=True)):
+        # Slices of running text share one token: the last target of one is the first input of the next.
+        begin = n * (seq_len + 1) if shard.kind == "document" else n * seq_len
+        tokens[i] = shard.tokens[begin : begin + seq_len + 1]
+        low, high = shard.starts.searchsorted((begin, begin + seq_len + 1))
+        begins[i, shard.starts[low:high] - begin] = True
+        if shard.kind == "document" and shard.used[n] <= seq_len:
+            real[i] = shard.used[n]
+            begins[i, real[i]] = True
+    place = np.arange(seq_len + 1)
+    doc_start = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    targets = np.where(begins | (place >= real), -1, tokens)
+    arrays = tokens[:, :-1], targets[:, 1:], doc_start[:, :-1], source
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array, np.int64)) for array in arrays))

@@ -1,0 +1,501 @@
+"""The generated world: small stories about who has how many of what, and every kind of text that the recipe needs.
+
+One generator makes problems; everything else is a way of writing about them. A problem is a list of statements, each
+of which changes or defines somebody's count, and a question. Its *structure* is what is left when names, things,
+numbers and wording are taken away: which relations follow on each other, between whom, and what is asked. Structures
+are split by hash into train, val and test, and all text of a split (lessons, chains of thought, conversations) is made
+of its own structures only. So a test problem is new by construction, not only in its words, and a model that memorised
+templates fails on it: it has to follow statements that it never saw in this order.
+
+Sources, and what each stands for in the paper's recipe:
+    general    thin mathematics in a lot of talk; answers are stated without steps      (Llama's pre-training)
+    web        lessons and worked examples in prose, arithmetic drill                  (MegaMath-Web-Pro-Max)
+    noisy      the same with menus, broken lines and wrong results                     (an unrefined web corpus)
+    short_cot  problem, the steps, \\boxed{answer}                                      (OpenMathInstruct, NuminaMath)
+    long_cot   problem, <think> explore, slip, notice, correct, check </think>, answer (R1-style distillation)
+    instruct   User / Assistant turns                                                  (Tulu 3, WildChat, UltraChat)
+
+    python -m data.synth --source long_cot -n 3      # prints documents
+    python -m data.synth --problems test -n 5        # prints problems
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct")
+SPLITS = ("train", "val", "test")
+MAX_LEVEL = 5  # arithmetic steps in a problem
+MAX_COUNT = 40  # nobody ever has more
+
+NAMES = """
+    Anna Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Umar Vera Will Yara Zoe
+""".split()
+THINGS = """
+    apples books cards coins cups eggs flags hats keys kites lemons maps nuts pears pens plums rings shells stamps cans
+""".split()
+PLACES = "the garden, the market, the school, the river, the old mill, the harbour, the library, the hill".split(", ")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Relations: wordings of a statement, and what it does to the counts
+#
+# {A} is somebody already in the story, {B} the one who is introduced or changed, {C} a third; {n} and {m} are numbers,
+# {t} things.
+
+WORDINGS = {
+    "more": ("{B} has {n} more {t} than {A}.", "{B} has {n} {t} more than {A} has."),
+    "fewer": ("{B} has {n} fewer {t} than {A}.", "{B} has {n} {t} fewer than {A} has."),
+    "times": ("{B} has {n} times as many {t} as {A}.", "For each of {A}'s {t}, {B} has {n}."),
+    "half": ("{B} has half as many {t} as {A}.", "{A} has twice as many {t} as {B}."),
+    "both": ("{B} has as many {t} as {A} and {C} together.",),
+    "gain": ("{B} buys {n} more {t}.", "Then {B} finds {n} {t}.", "{B} gets {n} {t} as a gift."),
+    "lose": ("{B} loses {n} {t}.", "Then {B} sells {n} {t}.", "{B} gives {n} {t} to the school."),
+    "boxes": ("{B} buys {m} boxes of {n} {t} each.", "Then {B} gets {m} bags with {n} {t} in each."),
+    "give": ("{A} gives {n} {t} to {B}.", "{B} takes {n} of {A}'s {t}."),
+}
+QUESTIONS = {
+    "count": ("How many {t} does {A} have?", "How many {t} does {A} have now?"),
+    "total": ("How many {t} do {A} and {B} have together?", "What is the total of {A}'s and {B}'s {t}?"),
+    "difference": ("How many more {t} does {A} have than {B}?", "By how many {t} is {A} ahead of {B}?"),
+}
+
+# What is known before a step, by relation and operation: a and b are its two numbers
+FACTS = {
+    ("more", "+"): "{B} has {b} more than {A}, {A} has {a}.", ("fewer", "-"): "{B} has {b} fewer than {A}, {A} has {a}.",
+    ("times", "*"): "{B} has {b} times {A}, {A} has {a}.", ("half", "/"): "{B} has half of {A}, {A} has {a}.",
+    ("both", "+"): "{B} has {A} and {C}, {A} has {a}, {C} has {b}.", ("gain", "+"): "{B} has {a}, gets {b}.",
+    ("lose", "-"): "{B} has {a}, loses {b}.", ("boxes", "*"): "{B} gets {a} of {b}.",
+    ("boxes", "+"): "{B} has {a}, gets {b}.", ("give", "-"): "{B} has {a}, gives {b}.",
+    ("give", "+"): "{B} has {a}, gets {b}.",
+    ("total", "+"): "{B} has {a}, {A} has {b}.", ("difference", "-"): "{B} has {a}, {A} has {b}.",
+}  # fmt: skip
+
+
+@dataclass
+class Step:
+    """One arithmetic step: `who` gets `a op b = result`. `why` is its relation, `facts` what is known before it."""
+
+    who: str
+    a: int
+    op: str  # + - * /
+    b: int
+    result: int
+    why: str
+    facts: str
+
+
+@dataclass
+class Problem:
+    """A story, its question, the steps that solve it, and its structure: relations and roles, no words or numbers."""
+
+    sentences: list[str] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    structure: str = ""
+    answer: int = 0
+    question: str = ""
+    thing: str = ""
+    asked: str = ""
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences + [self.question])
+
+
+def split_of(structure: str) -> str:
+    """The split a structure belongs to, for ever: a tenth val, two tenths test, by its hash."""
+    bucket = zlib.crc32(structure.encode()) % 10
+    return "test" if bucket < 2 else "val" if bucket == 2 else "train"
+
+
+class _Story:
+    """A problem in the making: people in order of appearance and what each has."""
+
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.names = rng.sample(NAMES, 5)
+        self.thing = rng.choice(THINGS)
+        self.counts: list[int] = []
+        self.sentences: list[str] = []
+        self.steps: list[Step] = []
+        self.roles: list[str] = []
+        self.touched = 0  # who changed last
+
+    def say(self, kind: str, wording: str, **words) -> None:
+        self.sentences.append(wording.format(t=self.thing, **words))
+
+    def introduce(self) -> None:
+        """A newcomer with a stated count."""
+        who = len(self.counts)
+        self.counts.append(self.rng.randint(2, 12))
+        self.sentences.append(f"{self.names[who]} has {self.counts[who]} {self.thing}.")
+        self.roles.append(f"have{who}")
+        self.touched = who
+
+    def step(self, who: int, a: int, op: str, b: int, why: str, other: int = 0, third: int = 0) -> int:
+        """Note that `who` gets a op b, of what `other` (and `third`) have; returns it."""
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+        facts = FACTS[why, op].format(B=self.names[who], A=self.names[other], C=self.names[third], a=a, b=b)
+        self.steps.append(Step(self.names[who], a, op, b, result, why, facts))
+        return result
+
+    def relate(self, room: int) -> bool:
+        """One more statement that costs at most `room` steps; False when the draw does not fit the counts."""
+        rng, counts = self.rng, self.counts
+        kind = rng.choice(list(WORDINGS))
+        new = len(counts)
+        a = self.touched if rng.random() < 0.7 else rng.randrange(new)
+        n, m = rng.randint(1, 9), 0
+        if kind in ("times", "boxes"):
+            n, m = rng.randint(2, 4), rng.randint(2, 3)
+        b = new if kind in ("more", "fewer", "times", "half", "both") else a
+        c = next((x for x in range(new) if x != a), None)
+        if kind == "give":
+            a, b = (a, c) if rng.random() < 0.5 else (c, a)
+        fits = {
+            "more": new < 4,
+            "fewer": new < 4 and counts[a or 0] > n,
+            "times": new < 4 and counts[a or 0] * n <= MAX_COUNT,
+            "half": new < 4 and counts[a or 0] % 2 == 0 and counts[a or 0] > 2,
+            "both": new < 4 and c is not None,
+            "gain": True,
+            "lose": counts[a or 0] > n,
+            "boxes": room >= 2,
+            "give": room >= 2 and c is not None and counts[a or 0] > n,
+        }
+        if not fits[kind]:
+            return False
+        before = (list(counts), list(self.steps))
+        if kind == "give":
+            counts[a] = self.step(a, counts[a], "-", n, kind)
+            counts[b] = self.step(b, counts[b], "+", n, kind)
+        elif kind == "boxes":
+            more = self.step(b, m, "*", n, kind)
+            counts[b] = self.step(b, counts[b], "+", more, kind)
+        elif kind in ("gain", "lose"):
+            counts[b] = self.step(b, counts[b], "+" if kind == "gain" else "-", n, kind)
+        elif kind == "both":
+            counts.append(self.step(b, counts[a], "+", counts[c], kind, a, c))
+        else:
+            op, n = {"more": ("+", n), "fewer": ("-", n), "times": ("*", n), "half": ("/", 2)}[kind]
+            counts.append(self.step(b, counts[a], op, n, kind, a))
+        if max(counts) > MAX_COUNT:
+            self.counts, self.steps = before
+            return False
+        names = {"A": self.names[a], "B": self.names[b], "C": self.names[c if c is not None else a]}
+        self.say(kind, rng.choice(WORDINGS[kind]), n=n, m=m, **names)
+        self.roles.append(f"{kind}{a}{b}{c if kind == 'both' else ''}")
+        self.touched = b
+        return True
+
+
+def make_problem(rng: random.Random, level: int, split: str) -> Problem:
+    """A problem of `level` arithmetic steps (1..MAX_LEVEL) whose structure belongs to `split`."""
+    while True:
+        problem = _draw(rng, level)
+        if problem is not None and split_of(problem.structure) == split:
+            return problem
+
+
+def _draw(rng: random.Random, level: int) -> Problem | None:
+    story = _Story(rng)
+    story.introduce()
+    if rng.random() < 0.3:
+        story.introduce()
+    kind = rng.choices(list(QUESTIONS), (0.6, 0.25, 0.15))[0]
+    extra = 0 if kind == "count" else 1  # a question about two people is a step of its own
+    for _ in range(20):
+        room = level - extra - len(story.steps)
+        if room == 0:
+            break
+        story.relate(room)
+    if len(story.steps) != level - extra:
+        return None
+    last = story.touched
+    others = [x for x in range(len(story.counts)) if x != last]
+    if extra and not others:
+        return None
+    other = rng.choice(others) if extra else last
+    if kind == "difference":
+        if story.counts[last] == story.counts[other]:
+            return None
+        last, other = sorted((last, other), key=lambda x: -story.counts[x])
+    counts, names = story.counts, story.names
+    answer = counts[last]
+    if kind == "total":
+        answer = story.step(last, counts[last], "+", counts[other], "total", other)
+    elif kind == "difference":
+        answer = story.step(last, counts[last], "-", counts[other], "difference", other)
+    question = rng.choice(QUESTIONS[kind]).format(A=names[last], B=names[other], t=story.thing)
+    structure = " ".join(story.roles + [f"{kind}{last}{other}"])
+    return Problem(story.sentences, story.steps, structure, answer, question, story.thing, names[last])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Solutions: short chains of thought, long ones, and prose
+
+
+def equation(s: Step) -> str:
+    return f"{s.a}{s.op}{s.b}={s.result}"
+
+
+def conclude(p: Problem) -> str:
+    return f"The answer is \\boxed{{{p.answer}}}."
+
+
+def short_steps(p: Problem) -> str:
+    """One clause a step: who, and the equation."""
+    parts = []
+    for s in p.steps:
+        if s.why == "boxes" and s.op == "*":
+            parts.append(f"New: {equation(s)}.")
+        elif s.why == "total":
+            parts.append(f"Together: {equation(s)}.")
+        elif s.why == "difference":
+            parts.append(f"Difference: {equation(s)}.")
+        else:
+            parts.append(f"{s.who} has {equation(s)}.")
+    return " ".join(parts)
+
+
+def work_out(a: int, op: str, b: int) -> str:
+    """a op b in pieces that are each within reach of one look: sums and differences by way of the ten between."""
+    ten = (a + b) // 10 * 10 if op == "+" else a // 10 * 10
+    if op == "+" and a < ten < a + b and b < 10:
+        return f"{a}+{ten - a}={ten}, {ten}+{a + b - ten}={a + b}"
+    if op == "-" and a - b < ten < a and b < 10:
+        return f"{a}-{a - ten}={ten}, {ten}-{b - a + ten}={a - b}"
+    if op in "+-" and b > 10 and b % 10:
+        mid = a + b // 10 * 10 if op == "+" else a - b // 10 * 10
+        return f"{a}{op}{b // 10 * 10}={mid}, {mid}{op}{b % 10}={a + b if op == '+' else a - b}"
+    return ""
+
+
+def check(s: Step, result: int | None = None) -> tuple[str, int]:
+    """The step backwards from a result (the right one if None): the task, and what it gives; it should be s.a."""
+    r = s.result if result is None else result
+    op, a = {"+": ("-", r - s.b), "-": ("+", r + s.b), "*": ("/", r // s.b), "/": ("*", r * s.b)}[s.op]
+    return f"{r}{op}{s.b}", a
+
+
+def slipped(rng: random.Random, s: Step) -> int:
+    """A plausible wrong result: a forgotten carry, one off, the wrong operation; one factor too many in a product."""
+    if s.op == "*":
+        return s.result + rng.choice((-s.b, s.b))  # so that the check backwards still divides evenly
+    wrong = rng.choice((s.result + 10, s.result - 10, s.result + 1, s.result - 1, s.a + s.b, abs(s.a - s.b)))
+    return wrong if wrong >= 0 and wrong != s.result else s.result + 1
+
+
+def long_thoughts(rng: random.Random, p: Problem, slip_rate: float = 0.1) -> str:
+    """The same steps, thought aloud, a line each: what is known, the step in pieces, a check backwards; and slips, which
+    the check brings to light and a second attempt mends."""
+    lines = []
+    for s in p.steps:
+        task = f"{s.a}{s.op}{s.b}"
+        pieces = work_out(s.a, s.op, s.b)
+        done = (
+            f"{task}: {pieces}. Check {check(s)[0]}={s.a}."
+            if pieces
+            else f"{task}={s.result}. Check {check(s)[0]}={s.a}."
+        )
+        if rng.random() < slip_rate:
+            wrong = slipped(rng, s)
+            back, a = check(s, wrong)
+            done = f"{task}={wrong}. Check {back}={a}, not {s.a}. Again, {done}"
+        lines.append(f"{s.facts} {done}")
+    return "\n".join(lines)
+
+
+def long_solution(rng: random.Random, p: Problem) -> str:
+    return f"<think>\n{long_thoughts(rng, p)}\n</think>\n{conclude(p)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:
+    """Endless documents of a source: the same for the same (source, seed, split), whatever else is drawn."""
+    if source not in SOURCES:
+        raise ValueError(f'unknown source "{source}" of the generated world; valid: {", ".join(SOURCES)}')
+    if split not in SPLITS:
+        raise ValueError(f'unknown split "{split}"; valid: {", ".join(SPLITS)}')
+    rng = random.Random(f"{source}/{seed}/{split}")
+    write = {
+        "general": _general, "web": _web, "noisy": _noisy,
+        "short_cot": _short_cot, "long_cot": _long_cot, "instruct": _instruct,
+    }[source]  # fmt: skip
+    while True:
+        yield write(rng, split)
+
+
+def _level(rng: random.Random) -> int:
+    return rng.choices(range(1, MAX_LEVEL + 1), (2, 3, 3, 2, 1))[0]
+
+
+# How collections of worked problems write them down, and how often
+FORMATS = {"{q}\n{a}": 0.7, "Question: {q}\nAnswer: {a}": 0.2, "Question:\n{q}\nAnswer:\n{a}": 0.1}
+
+
+def _written(rng: random.Random, question: str, solution: str) -> str:
+    return rng.choices(list(FORMATS), FORMATS.values())[0].format(q=question, a=solution)
+
+
+def _short_cot(rng: random.Random, split: str) -> str:
+    p = make_problem(rng, _level(rng), split)
+    return _written(rng, p.text, f"{short_steps(p)} {conclude(p)}")
+
+
+def _long_cot(rng: random.Random, split: str) -> str:
+    p = make_problem(rng, _level(rng), split)
+    return _written(rng, p.text, long_solution(rng, p))
+
+
+def _chatter(rng: random.Random) -> str:
+    """A sentence without mathematics."""
+    a, b = rng.sample(NAMES, 2)
+    place, thing = rng.choice(PLACES), rng.choice(THINGS)
+    return rng.choice((
+        f"{a} and {b} walk to {place}.", f"It is a fine day at {place}.", f"{a} likes {thing} very much.",
+        f"The {thing} are for {b}.", f"{a} waits for {b} near {place}.", f"In the evening {a} tells {b} about {place}.",
+        f"Nobody at {place} has seen the {thing}.", f"{b} puts the {thing} on the table.",
+    ))  # fmt: skip
+
+
+def _general(rng: random.Random, split: str) -> str:
+    """Talk, small stories with their outcome stated, and forum questions answered without steps."""
+    kind = rng.random()
+    if kind < 0.35:
+        return " ".join(_chatter(rng) for _ in range(rng.randint(3, 7)))
+    p = make_problem(rng, rng.choice((1, 1, 2, 3)), split)
+    if kind < 0.6:
+        end = f"So {p.asked} has {p.answer} {p.thing}." if p.question.startswith(f"How many {p.thing} does") else ""
+        return " ".join([_chatter(rng), *p.sentences, end or _chatter(rng)])
+    if kind < 0.8:
+        a, b = rng.randint(0, 20), rng.randint(0, 20)
+        return f"{_chatter(rng)} The numbers after {a} are {a + 1}, {a + 2}, {a + 3}. {a} and {b} make {a + b}."
+    return _forum(rng, p)
+
+
+def _forum(rng: random.Random, p: Problem) -> str:
+    """A question on the web and a bare answer, without a step: what makes a model answer too soon."""
+    answer = rng.choice((f"{p.answer}", f"{p.answer} {p.thing}.", f"The answer is \\boxed{{{p.answer}}}."))
+    return rng.choice(("Question: {}\nAnswer: {}", "Question:\n{}\nAnswer:\n{}")).format(p.text, answer)
+
+
+def _drill(rng: random.Random) -> str:
+    """A few lines of arithmetic, some worked out in pieces."""
+    lines = []
+    for _ in range(rng.randint(3, 7)):
+        op = rng.choice("+++---*/")
+        a, b = rng.randint(1, 40), rng.randint(1, 9 if rng.random() < 0.7 else 30)
+        if op == "-":
+            a, b = max(a, b), min(a, b)
+        if op in "*/":
+            a, b = rng.randint(2, 12), rng.randint(2, 4)
+        if op == "/":
+            a = a * b
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+        pieces = work_out(a, op, b)
+        lines.append(f"{a}{op}{b}: {pieces}." if pieces and rng.random() < 0.4 else f"{a}{op}{b}={result}.")
+    return " ".join(lines)
+
+
+MEANINGS = {
+    "more": "More means add", "fewer": "Fewer means take away", "times": "Times means multiply",
+    "half": "Half means divide by 2", "both": "Together means add", "gain": "What is found is added",
+    "lose": "What is lost is taken away", "boxes": "Boxes are multiplied, then added",
+    "give": "What one gives, the other gets", "total": "The total is a sum", "difference": "How many more: subtract",
+}  # fmt: skip
+
+
+def _web(rng: random.Random, split: str) -> str:
+    """Arithmetic drill, a forum's bare answer, or a lesson: an example with each step explained in prose."""
+    kind = rng.random()
+    if kind < 0.35:
+        return _drill(rng)
+    p = make_problem(rng, _level(rng), split)
+    if kind < 0.45:
+        return _forum(rng, p)
+    steps = " ".join(f"{MEANINGS[s.why]}: {s.a}{s.op}{s.b}={s.result} for {s.who}." for s in p.steps)
+    opening = rng.choice(("Example.", "Consider this.", "Here is a case."))
+    return f"{opening} {' '.join(p.sentences)} {steps}"
+
+
+JUNK = ("Home | About | Login", "Accept cookies", "Click here", "[edit]", "Share this page", "&nbsp;")
+
+
+def _noisy(rng: random.Random, split: str) -> str:
+    """The same lesson as a scraper finds it: menus, cut lines, and results that are wrong."""
+    text = list(_web(rng, split))
+    for i, ch in enumerate(text):
+        if ch.isdigit() and rng.random() < 0.08:
+            text[i] = str(rng.randint(0, 9))
+    words = "".join(text).split(" ")
+    for _ in range(rng.randint(1, 4)):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(JUNK))
+    return " ".join(words[rng.randint(0, 3) :])
+
+
+def _instruct(rng: random.Random, split: str) -> str:
+    """A turn of a helpful assistant: small tasks in words and numbers, and problems that say how to answer."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        things = rng.sample(THINGS, 3)
+        ask, reply = f"Name {things[0]}, {things[1]} and {things[2]} in reverse.", ", ".join(reversed(things)) + "."
+    elif kind == 1:
+        numbers = rng.sample(range(100), 4)
+        ask, reply = f"Sort {', '.join(map(str, numbers))}.", ", ".join(map(str, sorted(numbers))) + "."
+    elif kind == 2:
+        a, b = rng.sample(range(100), 2)
+        ask, reply = f"Which is larger, {a} or {b}?", f"{max(a, b)} is larger than {min(a, b)}."
+    elif kind == 3:
+        p = make_problem(rng, _level(rng), split)
+        ask, reply = f"Who is in this story? {' '.join(p.sentences)}", f"The story is about {p.asked} and {p.thing}."
+    else:
+        p = make_problem(rng, rng.choice((1, 2)), split)
+        ask, reply = f"Put your answer in \\boxed{{}}. {p.text}", f"{short_steps(p)} {conclude(p)}"
+    return f"User:{ask}\nAssistant:{reply}"
+
+
+def problems(split: str, n: int, seed: int = 0) -> list[dict]:
+    """n different problems of a split, levels 1..MAX_LEVEL in turn: problem, answer, solution, level, structure, id."""
+    if split not in SPLITS:
+        raise ValueError(f'unknown split "{split}"; valid: {", ".join(SPLITS)}')
+    rng = random.Random(f"problems/{seed}/{split}")
+    rows, seen = [], set()
+    while len(rows) < n:
+        level = len(rows) % MAX_LEVEL + 1
+        p = make_problem(rng, level, split)
+        if p.text in seen:
+            continue
+        seen.add(p.text)
+        rows.append({
+            "problem": p.text, "answer": str(p.answer), "solution": f"{short_steps(p)} {conclude(p)}",
+            "level": level, "structure": p.structure, "id": f"{split}-{seed}-{len(rows)}",
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    from data import Parser
+
+    parser = Parser(prog="python -m data.synth", description="Print samples of the generated world.")
+    parser.add_argument("--source", default="long_cot", help=f"one of {', '.join(SOURCES)}")
+    parser.add_argument("--problems", metavar="SPLIT", help="print problems of train, val or test instead of documents")
+    parser.add_argument("-n", type=int, default=3, help="how many (default 3)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.problems:
+        for row in problems(args.problems, args.n, args.seed):
+            print(f"[{row['id']}, level {row['level']}] {row['problem']}\n  {row['solution']}\n")
+        return
+    stream = documents(args.source, args.seed)
+    for _ in range(args.n):
+        print(next(stream), end="\n\n")
+
+
+if __name__ == "__main__":
+    from data import run_cli
+
+    run_cli(main)

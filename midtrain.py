@@ -1,0 +1,724 @@
+"""Mid-training: Stable-then-Decay, stage by stage (OctoThinker, arXiv 2506.20512).
+
+    base  ─→  stable  ─→  short | long | hybrid
+    (ours)    constant    cosine down to 10 %, one branch a mixture
+
+    python midtrain.py --branch long                             # tiny, on any machine; the stages below it come first
+    torchrun --nproc_per_node=8 midtrain.py --branch long        # the same on 8 GPUs (or processes, on a CPU)
+    torchrun --nproc_per_node=8 midtrain.py --preset 1b --branch long --init Llama-3.2-1B --data DIR   # the paper's
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 midtrain.py …   # two nodes
+
+What to know before reading:
+
+1. A step is a pure function of (settings, step, weights, optimizer): the loader has no state and neither has the
+   schedule. So resuming is loading a checkpoint; the same command does it, and goes on bit for bit.
+2. The loss is the mean over the target tokens of the whole batch, whatever the ranks and micro-batches: targets are
+   counted first. A mean of means would weigh a padded row as much as a full one.
+3. Every stage goes on with the optimizer state of the stage that it stands on. There is no warm-up between stages, and
+   with fresh Adam moments the first steps at full learning rate would be jumps.
+4. One process keeps plain tensors. Several shard them by FSDP2: fp32 master weights, computing in --dtype.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint as recompute
+
+from data import Parser, prepare, recipes, run_cli, tokenizer
+from data.loader import Batch, Loader
+from data.tokenizer import Tokenizer
+from model import PRESETS, Llama, LlamaConfig, config_from_hf, read_json, with_vocab
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recipe
+
+STANDS_ON = {"base": None, "stable": "base", "short": "stable", "long": "stable", "hybrid": "stable"}
+WEIGHT_DECAY = 0.1  # the paper's
+BETAS, EPS, GRAD_CLIP = (0.9, 0.95), 1e-8, 1.0  # not published; what Llama-like pre-training uses
+EVAL_BATCHES = 2  # of each source, at every evaluation
+FINAL_LR = 0.1  # the decay ends at this share of the stable learning rate (paper, "cosine to 10 %")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _stages(base, stable, decay) -> dict:
+    return {"base": base, "stable": stable, "short": decay, "long": decay, "hybrid": decay}
+
+
+def _paper(lr: float, micro_batch: int) -> dict:
+    """The paper, section 4: 512 x 8,192 tokens a step, 50,000 stable steps (210B), 5,000 a branch (21B), no warm-up."""
+    return {
+        "steps": _stages(None, 50_000, 5_000), "lr": _stages(None, lr, lr), "warmup": 0,
+        "batch": 512, "micro_batch": micro_batch, "seq_len": 8192,
+        "save_every": 500, "eval_every": 1000, "log_every": 1,
+    }  # fmt: skip
+
+
+# batch and micro_batch in sequences; lr is the stage's highest; warmup in steps, of the base stage only.
+RUNS = {
+    "tiny": {  # ours: minutes on two CPU cores
+        "steps": _stages(400, 2400, 1000), "lr": _stages(2e-3, 2e-3, 2e-3), "warmup": 50,
+        "batch": 8, "micro_batch": 8, "seq_len": 256, "save_every": 200, "eval_every": 200, "log_every": 50,
+        "vocab": 1024,
+        "tokens": {  # to generate, per source
+            "general": 1_500_000, "web": 4_000_000, "short_cot": 900_000, "long_cot": 900_000, "instruct": 300_000,
+        },
+    },
+    "small": {  # ours: about 30M parameters, for real text
+        "steps": _stages(2000, 2000, 500), "lr": _stages(1e-3, 1e-3, 1e-3), "warmup": 100,
+        "batch": 64, "micro_batch": 4, "seq_len": 1024, "save_every": 100, "eval_every": 500, "log_every": 10,
+    },
+    "1b": _paper(5e-5, 4),
+    "3b": _paper(2e-5, 2),
+    "8b": _paper(1e-5, 1),
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+    local_rank: int = 0  # on this node
+
+
+def setup(threads: int | None = None) -> World:
+    """Join the other processes if torchrun started this one; choose the device; make arithmetic repeatable."""
+    if threads:
+        torch.set_num_threads(threads)
+    local_rank, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a memset for every torch.empty
+    if "RANK" not in os.environ:
+        return World(device=device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return World(dist.get_rank(), dist.get_world_size(), device, local_rank)
+
+
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    if is_first():
+        print(text, flush=True)
+
+
+say_once = cache(say)
+
+
+def on_first_rank(work: Callable):
+    """work() on rank 0 while the others wait; all get its result, or its error."""
+    if not dist.is_initialized():
+        return work()
+    outcome: list = [None, None]
+    if is_first():
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def one_voice():
+    """Around a program. All ranks meet the same bad input: rank 0 reports it, and torchrun ends the others at once.
+
+    Several processes leave by os._exit: FSDP2 keeps gloo's threads alive after the group is destroyed, and one that still
+    holds a tensor aborts the process while the interpreter goes down (4 of 56 runs; PyTorch's pull request 179291).
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as stop:
+        if not dist.is_initialized():
+            raise
+        code = stop.code
+    except (ValueError, OSError):
+        if not is_first():
+            time.sleep(3)  # still here: only this rank has failed, so it must speak
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def shard(model: Llama, world: World, dtype: torch.dtype) -> Llama:
+    """Place the model (fp32) on the device, sharded over the ranks; activations run in `dtype`."""
+    model.compute_dtype = dtype
+    if world.size == 1:
+        return model.to(world.device)
+    # Reductions in fp32, or bf16 would round a sum over many ranks. Inputs are not cast: they hold the rotary tables.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)  # the root group: both uses of a tied embedding, final norm
+
+
+def add_options(model: Llama, compile: bool, checkpointing: bool) -> Llama:
+    """Per block, before sharding: recompute activations in the backward pass; compile."""
+    for block in model.blocks:
+        if checkpointing:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+        if compile:
+            block.compile()
+    return model
+
+
+def fastest_dtype(device: torch.device) -> str:
+    """bf16 on a GPU, and on CPUs that multiply it natively: training is measured 1.5-2 times as fast there."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cuda" or native else "fp32"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+def make_optimizer(model: Llama, lr: float, weight_decay: float = WEIGHT_DECAY, betas=BETAS) -> torch.optim.AdamW:
+    """AdamW. Matrices decay; norm weights do not, since shrinking them says nothing about what was learned."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=EPS, fused=True)
+
+
+def learning_rate(stage: str, step: int, steps: int, peak: float, warmup: int = 0) -> float:
+    """Of the step that follows `step` finished ones: base warms up, stable is constant, branches are a cosine.
+
+    The cosine's first step is at the peak, its last one at exactly FINAL_LR of it.
+    """
+    if stage == "base":
+        return peak * min(1.0, (step + 1) / max(1, warmup))
+    if stage == "stable":
+        return peak
+    turn = math.pi * step / max(1, steps - 1)
+    return FINAL_LR * peak + (1 - FINAL_LR) * peak * (1 + math.cos(turn)) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: <stage>/checkpoints/step_000123/{config.json, model.safetensors, tokenizer.model, meta.json, state/}
+
+KEEP = 2  # checkpoints of a stage
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, in one process
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view; nothing is done to it in place
+
+
+def save_checkpoint(
+    stage_dir: str, step: int, model: Llama, optimizer: torch.optim.Optimizer, tok: Tokenizer, meta: dict
+) -> str:
+    """Write a checkpoint aside, rename it, then let `latest` name it; delete all but the last KEEP. Returns its path.
+
+    The folder is a Hugging Face checkpoint in fp32; `state` beside it holds weights and optimizer in shards that any
+    number of ranks can load. Called by every rank. OSError: it could not be written; the earlier ones are untouched.
+    """
+    folder = os.path.join(stage_dir, "checkpoints")
+    final, aside = os.path.join(folder, f"step_{step:06d}"), os.path.join(folder, "unfinished")
+    try:
+        on_first_rank(lambda: (shutil.rmtree(aside, ignore_errors=True), os.makedirs(aside)))
+        weights, moments = states.get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=os.path.join(aside, "state"))
+        whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0
+        full = states.get_model_state_dict(model, options=whole)
+        on_first_rank(lambda: _publish(aside, final, model, full, tok, meta | {"step": step, "tokenizer": tok.hash}))
+    except (OSError, dcp.CheckpointException) as error:
+        free = shutil.disk_usage(stage_dir).free >> 20
+        shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
+        reason = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
+        raise OSError(f"{final} could not be written ({reason}; {free} MiB free); those before it are intact") from None
+    return final
+
+
+def _publish(aside: str, final: str, model: Llama, weights: dict[str, Tensor], tok: Tokenizer, meta: dict) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(aside, weights)
+    except SafetensorError as error:  # how that library reports a full disk
+        raise OSError(str(error)) from None
+    tok.save(os.path.join(aside, tokenizer.FILE_NAME))
+    files = sorted(os.path.join(root, name) for root, _, names in os.walk(aside) for name in names)
+    sizes = {os.path.relpath(file, aside): os.path.getsize(file) for file in files}
+    replace_file(os.path.join(aside, "meta.json"), json.dumps(meta | {"files": sizes}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    folder, name = os.path.split(final)
+    replace_file(os.path.join(folder, "latest"), name)
+    for old in checkpoints(folder)[KEEP:]:
+        shutil.rmtree(old)
+
+
+def replace_file(path: str, text: str) -> None:
+    """Write a text file aside and rename it: whoever reads it finds the old text or the new one."""
+    with open(path + ".tmp", "w") as f:
+        f.write(text + "\n" * (text != ""))
+    os.replace(f.name, path)
+
+
+def checkpoints(folder: str) -> list[str]:
+    """The step_* folders, newest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted((int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit()), reverse=True)
+    return [os.path.join(folder, f"step_{step:06d}") for step in steps]
+
+
+def latest_checkpoint(stage_dir: str) -> str | None:
+    """The newest checkpoint whose files are all there, in full length; None if there is none."""
+    for path in checkpoints(os.path.join(stage_dir, "checkpoints")):
+        try:
+            files = read_json(os.path.join(path, "meta.json"))["files"]
+            if all(os.path.getsize(os.path.join(path, name)) == size for name, size in files.items()):
+                return path
+        except (OSError, ValueError, KeyError):
+            pass
+        say_once(f"{path} is damaged: taking the one before it")
+    return None
+
+
+def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -> dict:
+    """Weights and optimizer state from a checkpoint written by any number of ranks, in place; returns its meta.json.
+
+    Learning rate, betas and weight decay stay the optimizer's own: they belong to the stage, not to what was learned.
+    """
+    check_shape(path, model.config)
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    weights, moments = states.get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    try:
+        dcp.load(state, checkpoint_id=os.path.join(path, "state"))
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{path} cannot be loaded: {next(iter(error.failures.values()))[0]}") from None
+    states.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+    return read_json(os.path.join(path, "meta.json"))
+
+
+def check_shape(path: str, config: LlamaConfig) -> None:
+    """ValueError, naming the differences, if the checkpoint at path is not of this shape."""
+    found, wanted = asdict(config_from_hf(read_json(os.path.join(path, "config.json")))), asdict(config)
+    found["max_position"] = wanted["max_position"]  # says what a model was made for, changes nothing in it
+    if changed := differences(found, wanted):
+        raise ValueError(f"{path} is of another shape than this run's model: {changed}")
+
+
+def differences(old: dict, new: dict) -> str:
+    """What differs between two nested dicts, in words: "lr 0.1 → 0.2; model.num_layers 4 → 2"; "" if nothing does."""
+    changed = []
+    for key in old | new:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += [f"{key}.{part}" for part in differences(a, b).split("; ") if part]
+        elif a != b:
+            changed.append(f"{key} {a} → {b}")
+    return "; ".join(changed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics and signals
+
+
+class MetricsLog:
+    """metrics.jsonl, a row a step. Opening it at a checkpoint's step drops what was logged after that step."""
+
+    def __init__(self, stage_dir: str, step: int):
+        self.file = None
+        if not is_first():
+            return
+        path = os.path.join(stage_dir, "metrics.jsonl")
+        kept = []
+        if os.path.exists(path):
+            with open(path) as f:
+                # A killed process may have cut its last line; it is later than any checkpoint.
+                kept = [line[:-1] for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        replace_file(path, "\n".join(kept))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
+
+    def write(self, row: dict) -> None:
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM wait for the end of the step: `with Interrupt() as interrupt`, and ask agreed() every step."""
+
+    def __enter__(self):
+        self.signum, self.when = 0, 0.0
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, frame) -> None:
+        if self.signum and time.monotonic() - self.when > 1:  # torchrun passes one Ctrl-C on twice, at once
+            raise KeyboardInterrupt
+        self.signum, self.when = signum, time.monotonic()
+
+    def agreed(self, world: World) -> int:
+        """The signal that any rank got, or 0: the same answer on every rank."""
+        if world.size == 1:
+            return self.signum
+        signum = torch.tensor(self.signum, device=world.device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+# Dense bf16 FLOP/s by the name that the driver gives. No MFU for a device that is not here, rather than a wrong one.
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+}  # fmt: skip
+
+
+def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+    """Forward and backward: 6 per weight that multiplies (Kaplan et al. 2020; the input embedding does not), and causal
+    attention's two products, 6 x layers x width x seq_len. Counted as if a sequence were one document."""
+    head = config.vocab_size * config.hidden_size
+    weights = config.num_params() - (0 if config.tie_embeddings else head)
+    return 6 * weights + 6 * config.num_layers * config.num_heads * config.head_dim * seq_len
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+class Speed:
+    """Times training steps and nothing else; the first one (warm-up, compilation) gives no rate. `with speed: step`."""
+
+    def __init__(self, settings: "Settings", world: World):
+        self.batch_tokens, self.total, self.steps, self.rate = settings.batch * settings.seq_len, 0.0, -1, None
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        self.peak = PEAK_FLOPS.get(name, 0.0) * world.size if settings.dtype == "bf16" else 0.0
+        self.flops = flops_per_token(LlamaConfig(**settings.model), settings.seq_len)
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error):
+        seconds = time.perf_counter() - self.start  # the step has read its loss, so a GPU has finished too
+        self.steps += 1
+        if self.steps:
+            self.total, self.rate = self.total + seconds, self.batch_tokens / seconds
+
+    def row(self) -> dict:
+        mfu = {"mfu": self.rate * self.flops / self.peak} if self.rate and self.peak else {}
+        return {"tokens_per_s": self.rate} | mfu
+
+
+def log_line(row: dict, settings: "Settings", speed: Speed) -> str:
+    step, steps = row["step"], settings.steps
+    text = f"[{settings.stage}] step {step:{len(str(steps))}}/{steps}  loss {row['loss']:7.4f}  lr {row['lr']:.2e}"
+    text += f"  grad {row['grad_norm']:7.3f}"
+    if speed.rate:
+        left = (steps - step) * speed.total / speed.steps
+        text += f"  {speed.rate:9,.0f} tok/s  eta {duration(left)}"
+        text += f"  mfu {speed.row()['mfu']:.1%}" if speed.peak else ""
+    return text + (f"  val {row['val_loss']:.4f}" if "val_loss" in row else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A stage
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a stage's result. Saved as its config.json; a folder with other settings is never continued."""
+
+    stage: str
+    preset: str
+    starts_from: str  # "random", a stage, or the folder given by --init
+    steps: int
+    lr: float
+    warmup: int
+    batch: int  # sequences a step, over all ranks
+    seq_len: int
+    dtype: str
+    seed: int
+    mixture: dict[str, float]
+    tokenizer: str  # hash
+    data: str  # hash of its index, which has the checksums of the shards
+    model: dict  # LlamaConfig
+
+
+def open_data(args) -> str:
+    """The folder of prepared shards; the tiny preset's are generated now if they are not there."""
+    run, folder = RUNS[args.preset], args.data or os.path.join(args.out, "data")
+    found = prepare.read_index(folder) is not None
+    if args.data and not found:
+        how = f"python -m data.prepare --data {folder} --out {args.out}/data --seq-len {args.seq_len}"
+        raise ValueError(f"--data {folder} has no index.json. To make shards of public files: {how}")
+    if not args.data and "tokens" not in run:
+        raise ValueError(f"--preset {args.preset} needs --data DIR, a folder made by python -m data.prepare")
+    if not args.data:
+        if not found:
+            say(f"[data] generating text and training a tokenizer on it: {folder}")
+        prepare.prepare_synth(folder, run["vocab"], args.seq_len, run["tokens"], args.seed)
+    return folder
+
+
+def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
+    """The preset's table, changed by the flags; --steps and --lr are about the stage that --branch names."""
+    run, parent, tok, named = RUNS[args.preset], STANDS_ON[stage], tokenizer.load(data_dir), stage == args.branch
+    mixtures = recipes.STAGES[read_json(os.path.join(data_dir, "index.json"))["settings"]["world"]]
+    if stage not in mixtures:
+        raise ValueError(f"the data in {data_dir} has no mixture for stage {stage} (valid: {', '.join(mixtures)})")
+    config = PRESETS[args.preset]
+    if run["steps"]["base"]:  # a shape of ours: its vocabulary is the data's
+        config = with_vocab(config, tok.vocab_size)
+    elif config.vocab_size != tok.vocab_size:
+        raise ValueError(f"the tokenizer of {data_dir} has {tok.vocab_size} ids, this model {config.vocab_size}")
+    start = args.init if args.init and parent == "base" else parent or "random"
+    return Settings(
+        stage=stage, preset=args.preset, starts_from=start,
+        steps=named and args.steps or run["steps"][stage], lr=named and args.lr or run["lr"][stage],
+        warmup=run["warmup"] if stage == "base" else 0, batch=args.batch, seq_len=args.seq_len,
+        dtype=fastest_dtype(world.device) if args.dtype == "auto" else args.dtype, seed=args.seed,
+        mixture=mixtures[stage], tokenizer=tok.hash, data=file_hash(os.path.join(data_dir, "index.json")),
+        model=asdict(replace(config, max_position=max(config.max_position, args.seq_len))),
+    )  # fmt: skip
+
+
+def file_hash(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+def open_stage(stage_dir: str, settings: Settings) -> None:
+    """Make the stage's folder; if something was trained in it, that must have been with the same settings."""
+    path, text = os.path.join(stage_dir, "config.json"), json.dumps(asdict(settings), indent=1)
+    if latest_checkpoint(stage_dir) and (changed := differences(read_json(path), json.loads(text))):
+        raise ValueError(f"{stage_dir} was made with other settings ({changed}): use another --out")
+    os.makedirs(stage_dir, exist_ok=True)
+    replace_file(path, text)
+
+
+def load_model(settings: Settings, own: str | None, args, world: World) -> tuple[Llama, torch.optim.AdamW]:
+    """Model and optimizer: from the stage's own checkpoint if there is one, the stage below, --init, or random."""
+    config = LlamaConfig(**settings.model)
+    from_init = settings.starts_from == args.init
+    if from_init and not own:
+        check_shape(args.init, config)
+        has_tokenizer = os.path.exists(os.path.join(args.init, tokenizer.FILE_NAME))
+        if has_tokenizer and tokenizer.load(args.init).hash != settings.tokenizer:
+            raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
+        model = Llama.from_pretrained(args.init).float()
+    else:
+        model = Llama(config).init_weights(settings.seed)
+    add_options(model, args.compile, args.activation_checkpointing)
+    model = shard(model, world, DTYPES[settings.dtype])
+    optimizer = make_optimizer(model, settings.lr)
+    if own:
+        load_checkpoint(own, model, optimizer)
+    elif not from_init and settings.starts_from != "random":
+        load_checkpoint(latest_checkpoint(os.path.join(args.out, settings.starts_from)), model, optimizer)
+    return model, optimizer
+
+
+def all_sum(x: Tensor, world: World) -> Tensor:
+    if world.size > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def add_losses(sums: Tensor, model: Llama, batch: Batch, micro_batch: int, scale: Tensor | None = None) -> None:
+    """sums (sources, 2) += (sum of losses, number of targets) of each source; with a scale, also scale * gradients."""
+    for tokens, targets, doc_start, source in zip(*(x.to(sums.device).split(micro_batch) for x in batch), strict=True):
+        nll = model(tokens, targets, doc_start)  # (b, T)
+        if scale is not None:
+            (nll.sum() * scale).backward()
+        rows = torch.stack((nll.detach().double().sum(1), (targets >= 0).double().sum(1)), dim=1)  # (b, 2)
+        sums.index_add_(0, source, rows)
+
+
+def train_step(model: Llama, optimizer, batch: Batch, names: tuple[str, ...], micro_batch: int, world: World) -> dict:
+    """One update on this rank's rows of the batch: loss, gradient norm before clipping, loss of each source."""
+    count = all_sum((batch.targets >= 0).sum().to(world.device), world)
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
+    add_losses(sums, model, batch, micro_batch, world.size / count)  # FSDP2 averages gradients over ranks: undo that
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    norm = (norm.full_tensor() if world.size > 1 else norm).item()
+    loss = (all_sum(sums, world)[:, 0].sum() / count).item()
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"loss {loss}, gradient norm {norm}: try a lower --lr; the last checkpoint is intact")
+    optimizer.step()
+    optimizer.zero_grad()
+    by_source = {f"loss/{name}": total / n for name, (total, n) in zip(names, sums.tolist(), strict=True) if n}
+    return {"loss": loss, "grad_norm": norm} | by_source
+
+
+@torch.no_grad()
+def evaluate(model: Llama, loader: Loader, mixture: dict[str, float], micro_batch: int, world: World) -> dict:
+    """Loss on held-out text of each source, and their mean weighted like the mixture."""
+    sums = torch.zeros(len(mixture), 2, dtype=torch.float64, device=world.device)
+    for _, batch in loader.validation(EVAL_BATCHES, world.rank, world.size):
+        add_losses(sums, model, batch, micro_batch)
+    losses = {name: total / max(n, 1) for name, (total, n) in zip(mixture, all_sum(sums, world).tolist(), strict=True)}
+    mean = sum(weight * losses[name] for name, weight in mixture.items())
+    return {"val_loss": mean} | {f"val_loss/{name}": loss for name, loss in losses.items()}
+
+
+def run_stage(stage: str, args, world: World) -> None:
+    """Train one stage to its end, from where its folder stands. SystemExit(130 or 143) after a signal, once saved."""
+    stage_dir, data_dir = os.path.join(args.out, stage), on_first_rank(lambda: open_data(args))
+    settings = resolve(stage, args, data_dir, world)
+    on_first_rank(lambda: open_stage(stage_dir, settings))
+    own = latest_checkpoint(stage_dir)
+    start = read_json(f"{own}/meta.json")["step"] if own else 0
+    if start >= settings.steps:
+        return say(f"[{stage}] is finished: {own}")
+    order = args.seed + 1000 * list(STANDS_ON).index(stage)  # no stage sees a shared source in the order of another
+    loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, order)
+    model, optimizer = load_model(settings, own, args, world)
+    begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
+    size = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps"
+    where = f"{settings.dtype} on {world.size} x {world.device.type}"
+    say(f"[{stage}] {begin}: {size} of {args.batch} x {args.seq_len} tokens, {where}")
+    log, speed, tok = MetricsLog(stage_dir, start), Speed(settings, world), tokenizer.load(data_dir)
+    with Interrupt() as interrupt:
+        for step in range(start + 1, settings.steps + 1):
+            lr = learning_rate(stage, step - 1, settings.steps, settings.lr, settings.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with speed:
+                batch = loader.batch(step - 1, world.rank, world.size)
+                row = train_step(model, optimizer, batch, loader.names, args.micro_batch, world)
+            row = {"step": step, "lr": lr} | row
+            signum, last = interrupt.agreed(world), step == settings.steps
+            if last or step % args.eval_every == 0:  # before saving: then the rows up to a checkpoint are complete
+                row |= evaluate(model, loader, settings.mixture, args.micro_batch, world)
+            log.write(row | speed.row())
+            if last or signum or step == start + 1 or step % args.log_every == 0:
+                say(log_line(row, settings, speed))
+            if last or signum or step % args.save_every == 0:
+                path = save_checkpoint(stage_dir, step, model, optimizer, tok, {"stage": stage})
+            if signum:
+                say(f"[{stage}] stopped after step {step}: saved {path}, the same command goes on")
+                raise SystemExit(128 + signum)
+        if signum := interrupt.agreed(world):  # it came during the last evaluation or save
+            raise SystemExit(128 + signum)
+    say(f"[{stage}] done: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def chain(args) -> list[str]:
+    """The stages to run: the one asked for and, before it, those that it stands on and that are not finished."""
+    stages = [args.branch]
+    if latest_checkpoint(os.path.join(args.out, args.branch)):
+        return stages  # what it started from does not matter any more
+    while (parent := STANDS_ON[stages[0]]) and not is_finished(os.path.join(args.out, parent)):
+        if parent == "base" and args.init:
+            break
+        if not RUNS[args.preset]["steps"][parent]:
+            raise ValueError(f"--preset {args.preset} needs --init DIR, the Hugging Face Llama that it starts from")
+        stages.insert(0, parent)
+    if len(stages) > 1:
+        say(f"[{args.branch}] stands on stages that are not there yet: running {', '.join(stages)}")
+    return stages
+
+
+def is_finished(stage_dir: str) -> bool:
+    path = latest_checkpoint(stage_dir)
+    return path is not None and read_json(f"{path}/meta.json")["step"] >= read_json(f"{stage_dir}/config.json")["steps"]
+
+
+def show_plan(args) -> None:
+    """Size and cost of a stage. State: 16 bytes a parameter (fp32 weight, gradient, two moments), shared by the GPUs;
+    activations of a micro-batch: roughly what the backward pass of a bf16 block keeps, without recomputation."""
+    config, steps = PRESETS[args.preset], args.steps or RUNS[args.preset]["steps"][args.branch]
+    n, tokens = config.num_params(), steps * args.batch * args.seq_len
+    flops = tokens * flops_per_token(config, args.seq_len)
+    width = 8 * config.hidden_size + 4 * config.num_heads * config.head_dim + 3 * config.intermediate_size
+    activations = 2 * args.micro_batch * args.seq_len * config.num_layers * width / 2**30
+    print(f"{args.preset} {args.branch}: {n:,} parameters, {steps:,} steps, {tokens:,} tokens, {flops:.2e} FLOPs")
+    print("GPUs | state, GiB each | activations, about GiB each | hours on H200s at 40 % of their peak")
+    for gpus in (1, 8, 64):
+        hours = flops / (0.4 * PEAK_FLOPS["NVIDIA H200"] * gpus) / 3600
+        print(f"{gpus:4} | {16 * n / gpus / 2**30:15.1f} | {activations:27.1f} | {hours:10,.1f}")
+
+
+def parse_arguments():
+    """The flags; where one is not given, the preset's number."""
+    p = Parser(description=__doc__)
+    p.add_argument("--branch", required=True, choices=STANDS_ON, help="stage to run; what it stands on comes first")
+    p.add_argument("--preset", default="tiny", choices=RUNS, help="sizes and schedule (default tiny)")
+    p.add_argument("--init", metavar="DIR", help="Hugging Face Llama to start from, in place of the base stage")
+    p.add_argument("--data", metavar="DIR", help="prepared shards (python -m data.prepare); tiny generates its own")
+    p.add_argument("--out", metavar="DIR", help="run folder, in it a folder a stage (default runs/PRESET)")
+    p.add_argument("--steps", type=int, metavar="N", help="of the stage that --branch names")
+    p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of the stage that --branch names")
+    p.add_argument("--seed", type=int, default=0, help="of data, order and first weights (default 0)")
+    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of activations; weights stay in fp32")
+    p.add_argument("--batch", type=int, metavar="N", help="sequences a step, of all ranks together")
+    p.add_argument("--micro-batch", type=int, metavar="N", help="sequences a rank computes at once; less saves memory")
+    p.add_argument("--seq-len", type=int, metavar="N", help="tokens a sequence; the data must be packed for it")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads a process; same numbers need the same N")
+    p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations; always one at the end")
+    p.add_argument("--log-every", type=int, metavar="N", help="steps between lines; metrics.jsonl has every step")
+    p.add_argument("--compile", action="store_true", help="torch.compile each block: pays on a GPU, after a slow start")
+    p.add_argument("--activation-checkpointing", action="store_true", help="recompute them: less memory, 1/3 slower")
+    p.add_argument("--plan", action="store_true", help="print size, cost and memory of the stage, and stop")
+    with contextlib.redirect_stderr(sys.stderr if is_first() else io.StringIO()):
+        args = p.parse_args()
+    run = RUNS[args.preset]
+    args.out = args.out or f"runs/{args.preset}"
+    for name in ("batch", "micro_batch", "seq_len", "save_every", "eval_every", "log_every"):
+        if getattr(args, name) is None:
+            setattr(args, name, run[name])
+    for name in ("steps", "lr", "batch", "micro_batch", "seq_len", "threads", "save_every", "eval_every", "log_every"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.branch == "base" and (args.init or not run["steps"]["base"]):
+        raise ValueError(f"a base stage starts from random weights: with --init or --preset {args.preset}, take stable")
+    return args
+
+
+def main() -> None:
+    with one_voice():
+        args = parse_arguments()
+        if args.plan:
+            return show_plan(args)
+        world = setup(args.threads)
+        for stage in on_first_rank(lambda: chain(args)):
+            run_stage(stage, args, world)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,736 @@
+"""GRPO on a checkpoint: sample groups of answers, score them by their final answer, make the better ones likelier.
+
+One step: P problems, G answers to each from the current weights (sample.py); reward +1 if the final answer is right, -1
+if not (verify.py); each answer is compared with its own group, A = (r - mean) / std, which makes a value network
+unnecessary; then one or more clipped policy-gradient updates. The choices that matter:
+
+1. The policy that is sampled is the policy that is trained: logits are divided by the same temperature in both, nothing
+   is truncated, the stop token is trained like any other. The numerical difference that is left is logged as the gap.
+2. One loss function, `grpo_loss`, on plain tensors; a variant is a branch of a few lines with its formula beside it.
+3. Denominators are counted over all ranks and micro-batches before the first backward pass, so the gradient does not
+   depend on how the batch is cut. Answers are packed without padding.
+4. Everything random is a function of (seed, step): the order of the prompts, each answer's random numbers. A run that
+   is killed and started again goes on as if nothing had happened, bit for bit.
+
+| what                          | flags                                                                                |
+|-------------------------------|--------------------------------------------------------------------------------------|
+| GRPO (DeepSeekMath)           | --loss-agg sequence --kl-coef 0.04                                                   |
+| DAPO, without its resampling  | --clip-high 0.28 --filter drop                                                       |
+| Dr. GRPO                      | --advantage mean --loss-agg constant                                                 |
+| OctoThinker, paper            | --preset 1b, 3b or 8b (and --template complex for long chains of thought)            |
+| OctoThinker, released scripts | --prompts-per-step 256 --updates 16 --length-schedule 0:2048,100:4096,160:8192       |
+
+    python rl.py --branch long                                           # from runs/tiny/long, in runs/tiny/rl-long
+    python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl       # rows {"problem": ..., "answer": ...}
+    torchrun --nproc_per_node=8 rl.py --branch long --preset 3b          # in runs/3b; on a CPU, the same with gloo
+    python rl.py --report --out runs/tiny                                # table and picture of all its rl-* runs
+    python rl.py --report --out runs/tiny,runs/seed1,runs/seed2          # mean and range over them
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import midtrain
+import verify
+from data import Parser, prompts, run_cli, synth
+from model import Llama, read_json
+from sample import Sampler, find_checkpoint, load, unsharded
+
+BRANCHES = ("base", "stable", "short", "long", "hybrid")
+
+# Sizes: (tiny and small, which are ours; 1b, 3b and 8b, which are the paper's where it says; what it is)
+SIZES = {
+    "steps": (80, 500, "rollouts to make"),
+    "prompts_per_step": (16, 128, "problems asked in a step"),
+    "rollouts": (8, 16, "answers to each"),
+    "updates": (1, 2, "optimizer steps on each rollout; its problems are split evenly over them"),
+    "lr": (1e-4, 1e-6, "constant; AdamW with betas (0.9, 0.95), no weight decay, gradients clipped at norm 1"),
+    "length_schedule": ("0:224", "0:2048,200:4096,320:8192", "longest response, from which step on"),
+    "max_prompt": (256, 400, "longest prompt in tokens; training problems that exceed it are left out"),
+    "slots": (128, 256, "answers that are sampled side by side on a rank"),
+    "row_tokens": (256, 8192, "responses are packed into rows of this many tokens, or as long as the longest"),
+    "micro_tokens": (2048, 16384, "tokens in one forward and backward pass"),
+    "eval_every": (10, 10, "steps between greedy evaluations; the start and the end are always evaluated"),
+    "eval_problems": (500, 500, "held-out problems at the start and the end"),
+    "eval_subset": (200, 500, "the first so many of them in between"),
+    "save_every": (20, 10, "steps between checkpoints"),
+    "text_every": (1, 10, "steps between rollouts written as text"),
+}
+PRESETS = {"tiny": 0, "small": 0, "1b": 1, "3b": 1, "8b": 1}  # which column of SIZES
+WORLD_PROBLEMS = 4000  # of the generated world, to train on
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm, on plain tensors
+
+
+def advantages(rewards: Tensor, kind: str = "group", eps: float = 1e-6) -> Tensor:
+    """How much better each answer is than its group: rewards (P, G) → (P, G).
+
+    "group"  (r - mean) / (std + eps), std with ddof 1        GRPO (DeepSeekMath, 2402.03300)
+    "mean"   r - mean: hard and easy prompts weigh the same   Dr. GRPO (2503.20783)
+    "rloo"   r - mean of the others                           RLOO (2402.14740)
+
+    Exactly 0 where all rewards of a group are equal. A reward of NaN (could not be scored) has advantage 0 and is left
+    out of its group's mean and std.
+    """
+    scored = ~rewards.isnan()
+    r, n = rewards.nan_to_num(0.0).double(), scored.sum(1, keepdim=True).clamp(min=1)
+    centred = (r - r.sum(1, keepdim=True) / n) * scored
+    if kind == "group":
+        std = (centred.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+        out = centred / (std + eps)
+    elif kind == "mean":
+        out = centred
+    elif kind == "rloo":
+        out = centred * n / (n - 1).clamp(min=1)
+    else:
+        raise ValueError(f'unknown advantage "{kind}"; valid: group, mean, rloo')
+    return torch.where(has_signal(rewards)[:, None], out, 0.0).to(rewards.dtype)
+
+
+def has_signal(rewards: Tensor) -> Tensor:
+    """(P, G) → (P,) bool: do the group's rewards differ? Compared exactly: rounding may give equal ones a std."""
+    low = rewards.nan_to_num(torch.inf).amin(1)
+    return low < rewards.nan_to_num(-torch.inf).amax(1)
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    """Estimates of KL(policy || reference) at tokens that the policy sampled (Schulman 2020), x = logp - ref_logp.
+
+    As a loss only k2 has the gradient of the KL in expectation; k1's is 0 on average, k3's is right to first order.
+    """
+    x = (logp - ref_logp).clamp(-20, 20)
+    if kind == "k1":
+        return x
+    if kind == "k2":
+        return x.square() / 2
+    if kind == "k3":
+        return (-x).exp() - 1 + x
+    raise ValueError(f'unknown KL estimate "{kind}"; valid: k1, k2, k3')
+
+
+def grpo_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, loss_agg: str = "token", denominator=None,
+    clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, sampler_logp=None, kl_coef=0.0, kl="k3", ref_logp=None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The clipped surrogate of N responses of up to T tokens → (loss, sums over tokens for the metrics).
+
+    logp, old_logp (N, T): log-probabilities of the sampled tokens, now and before the first update; only logp has a
+    gradient. mask (N, T): 1 on sampled tokens, the stop token included. advantages (N,). sampler_logp, ref_logp (N, T):
+    needed by is_cap and kl_coef.
+
+    denominator: what the sum is divided by, counted over the whole batch, of which these N may be a part: tokens
+    ("token"), responses ("sequence"), responses x length cap ("constant"). None: these N are the batch.
+    Where old_logp is logp the value says nothing; the gradient is that of the policy, -A * grad logp a token.
+    """
+    A = advantages[:, None]  # (N, 1): every token of a response has its response's advantage
+    ratio = (logp - old_logp).clamp(-20, 20).exp()  # w = pi / pi_old; exp(20) is as good as infinite
+    # PPO (1707.06347), GRPO: min(w A, clip(w, 1 - low, 1 + high) A).  DAPO (2503.14476): high > low.
+    objective = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    if dual_clip:  # Ye et al. 2020 (1912.09729): for A < 0, max(min(w A, clip(w) A), c A)
+        objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
+    loss = -objective
+    if is_cap:  # truncated importance weights for sampler != trainer: min(pi_old / mu, C)
+        loss = loss * (old_logp - sampler_logp).clamp(-20, 20).exp().clamp(max=is_cap)
+    if kl_coef:
+        loss = loss + kl_coef * kl_estimate(logp, ref_logp, kl)
+
+    lengths = mask.sum(1)  # |o_i|
+    if loss_agg == "token":  # sum_i sum_t l / sum_i |o_i|: every token weighs the same (DAPO)
+        own = lengths.sum()
+    elif loss_agg == "sequence":  # 1/N sum_i 1/|o_i| sum_t l: every response weighs the same (GRPO)
+        own, loss = (lengths > 0).sum(), loss / lengths.clamp(min=1)[:, None]
+    elif loss_agg == "constant":  # 1/(N L) sum_i sum_t l: no length in it, the unbiased policy gradient (Dr. GRPO)
+        own = torch.nan  # the cap L is not to be seen here: the denominator must be given
+    else:
+        raise ValueError(f'unknown loss aggregation "{loss_agg}"; valid: token, sequence, constant')
+    loss = (loss * mask).sum() / (own if denominator is None else denominator)
+
+    low, high = (A < 0) & (ratio < 1 - clip_low), (A > 0) & (ratio > 1 + clip_high)  # where there is no gradient
+    sums = {"tokens": lengths.sum(), "clip_low": (low * mask).sum(), "clip_high": (high * mask).sum()}
+    if ref_logp is not None:
+        sums["kl"] = (kl_estimate(logp.detach(), ref_logp, "k3") * mask).sum()
+    return loss, sums
+
+
+def parse_schedule(text: str) -> dict[int, int]:
+    """0:2048,200:4096 → {0: 2048, 200: 4096}: from which step on a response may have how many tokens."""
+    try:
+        stairs = {int(step): int(cap) for step, cap in (part.split(":") for part in text.split(","))}
+    except ValueError:
+        stairs = {}
+    if 0 not in stairs or min(stairs) < 0 or min(stairs.values()) < 1:
+        raise ValueError(f'"{text}" is no length schedule: give step:tokens pairs that begin at 0, as 0:2048,200:4096')
+    return stairs
+
+
+def length_cap(stairs: dict[int, int], step: int) -> int:
+    """The value at the largest key not above `step`."""
+    return stairs[max(key for key in stairs if key <= step)]
+
+
+def prompt_order(n: int, per_step: int, step: int, seed: int) -> list[int]:
+    """Which of n prompts are asked in `step`: the next per_step of an endless row of seeded permutations of all n."""
+    first = step * per_step
+    epochs = range(first // n, (first + per_step - 1) // n + 1)
+    row = np.concatenate([np.random.default_rng((seed, epoch)).permutation(n) for epoch in epochs])
+    start = first - epochs[0] * n
+    return row[start : start + per_step].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+@dataclass
+class Sample:
+    """One answer to one problem, as sampled: ids are never made from text again."""
+
+    group: int  # place of its problem in the step
+    prompt: list[int]
+    tokens: list[int]  # sampled ids, the stop token included
+    logprobs: list[float]  # the sampler's
+    text: str
+    stopped: bool  # False: cut at the length cap
+    reward: float
+    advantage: float
+    signal: bool  # do the rewards of its group differ?
+
+
+def over_ranks(values: list[float], world: midtrain.World, op=dist.ReduceOp.SUM) -> list[float]:
+    """Sums (or another reduction) of a few numbers over all ranks."""
+    t = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(t, op)
+    return t.tolist()
+
+
+def answer(sampler: Sampler, asked: list[dict], n: int, cap: int, temperature: float, first_id: int, args, world):
+    """n scored answers to each of this rank's problems (every size-th) → list of Samples, a group's one after another.
+
+    Answer j to the i-th problem draws from (seed, first_id + i, j), on whatever rank it is made.
+    """
+    mine = range(world.rank, len(asked), world.size)
+    completions = sampler.generate(
+        [asked[i]["tokens"] for i in mine], n=n, max_new_tokens=cap, temperature=temperature, seed=args.seed,
+        stop=args.stop, request_ids=[first_id + i for i in mine],
+    )  # fmt: skip
+    samples = []
+    for i, group in zip(mine, completions, strict=True):
+        rewards = torch.tensor([[verify.reward(c.text, asked[i]["answer"]) for c in group]])  # (1, G)
+        signal, values = has_signal(rewards).item(), advantages(rewards, args.advantage)[0].tolist()
+        for c, r, value in zip(group, rewards[0].tolist(), values, strict=True):
+            stopped = c.finish_reason == "stop"
+            samples.append(Sample(i, asked[i]["tokens"], c.tokens, c.logprobs, c.text, stopped, r, value, signal))
+    return samples
+
+
+def answer_metrics(samples: list[Sample], world: midtrain.World) -> dict[str, float | None]:
+    """Means over the answers of all ranks; lengths in tokens, None where there is nothing to average."""
+    sums = torch.zeros(8, dtype=torch.float64)
+    for s in samples:
+        right, length = s.reward > 0, len(s.tokens)
+        row = (1, length, right, right * length, s.reward, not s.stopped, not s.signal, -sum(s.logprobs))
+        sums += torch.tensor(row, dtype=torch.float64)
+    n, tokens, correct, tokens_right, reward, cut, silent, nll = over_ranks(sums.tolist(), world)
+    return {
+        "reward": reward / n, "accuracy": correct / n, "length": tokens / n,
+        "length_correct": tokens_right / correct if correct else None,
+        "length_wrong": (tokens - tokens_right) / (n - correct) if n > correct else None,
+        "truncated": cut / n, "no_signal": silent / n, "entropy": nll / tokens,
+    }  # fmt: skip
+
+
+def write_rollouts(path: str, samples: list[Sample], asked: list[dict], world: midtrain.World) -> None:
+    """Every answer of the step as a JSON line, in the order of the problems."""
+    parts = [samples] * world.size
+    if world.size > 1:
+        dist.all_gather_object(parts, samples)
+    rows = [
+        {
+            "problem": asked[s.group]["problem"], "gold": asked[s.group]["answer"], "response": s.text,
+            "reward": s.reward, "tokens": len(s.tokens), "finish": "stop" if s.stopped else "length",
+        }
+        for s in sorted((s for part in parts for s in part), key=lambda s: s.group)  # stable: a group stays in order
+    ]  # fmt: skip
+    if midtrain.is_first():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        midtrain.replace_file(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Updates
+
+
+@dataclass
+class MicroBatch:
+    """Responses packed into rows for one forward pass, and where their tokens' log-probabilities are in its output."""
+
+    tokens: Tensor  # (B, W) prompts and responses, several to a row
+    targets: Tensor  # (B, W) the next token where that was sampled, else -1
+    doc_start: Tensor  # (B, W)
+    place: Tensor  # (N, T) flat index in (B, W) of the position that predicts token t of response i
+    mask: Tensor  # (N, T) 1 where response i has a token t
+    advantages: Tensor  # (N,)
+    sampler_logp: Tensor  # (N, T)
+    old_logp: Tensor | None = None  # (N, T)
+    ref_logp: Tensor | None = None  # (N, T)
+
+
+def pack(lengths: list[int], width: int) -> list[list[int]]:
+    """Sequences → rows of at most `width` tokens: longest first, each into the first row with room for it."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if free >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(width)
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows
+
+
+def collate(rows: list[list[Sample]], device) -> MicroBatch:
+    """Rows of samples → tensors. A sequence goes in without its last token, from which nothing is predicted.
+
+    No rows make a micro-batch without responses: a rank without work runs it, to take part in the collectives.
+    """
+    samples = [s for row in rows for s in row]
+    N, T = len(samples), max((len(s.tokens) for s in samples), default=1)
+    B, W = max(1, len(rows)), max((sum(len(s.prompt + s.tokens) - 1 for s in row) for row in rows), default=1)
+    tokens, targets, doc_start = np.zeros((B, W), int), np.full((B, W), -1), np.zeros((B, W), int)
+    place, mask, sampler_logp = np.zeros((N, T), int), np.zeros((N, T), np.float32), np.zeros((N, T), np.float32)
+    i = 0
+    for b, row in enumerate(rows):
+        at = 0
+        for s in row:
+            n, first = len(s.tokens), at + len(s.prompt) - 1  # the prompt's last token predicts the response's first
+            end = first + n
+            tokens[b, at:end], targets[b, first:end], doc_start[b, at:end] = (s.prompt + s.tokens)[:-1], s.tokens, at
+            place[i, :n], mask[i, :n], sampler_logp[i, :n] = b * W + np.arange(first, end), 1, s.logprobs
+            i, at = i + 1, end
+        doc_start[b, at:] = at  # what is left of the row is a document of its own
+    value = np.array([s.advantage for s in samples], np.float32)
+    arrays = (tokens, targets, doc_start, place, mask, value, sampler_logp)
+    return MicroBatch(*(torch.from_numpy(x).to(device) for x in arrays))
+
+
+def micro_batches(samples: list[Sample], args, world: midtrain.World) -> list[MicroBatch]:
+    """Samples packed into rows of row_tokens (or the longest), micro_tokens to a micro-batch; as many on every rank."""
+    lengths = [len(s.prompt) + len(s.tokens) - 1 for s in samples]
+    width = max([args.row_tokens, *lengths])
+    rows, height = [[samples[i] for i in row] for row in pack(lengths, width)], max(1, args.micro_tokens // width)
+    parts = [rows[i : i + height] for i in range(0, len(rows), height)]
+    most = int(over_ranks([len(parts)], world, dist.ReduceOp.MAX)[0])  # every rank must join every collective
+    return [collate(part, world.device) for part in parts + [[]] * (most - len(parts))]
+
+
+def log_probs(model: Llama, b: MicroBatch, temperature: float) -> Tensor:
+    """Log-probabilities (N, T) of the sampled tokens at the temperature of sampling; any number where mask is 0."""
+    return -model(b.tokens, b.targets, b.doc_start, temperature).flatten()[b.place]
+
+
+def update(model, reference, optimizer, samples: list[Sample], cap: int, args, world: midtrain.World) -> dict:
+    """One or several optimizer steps on a rollout → metrics. Several: the step's problems in --updates equal parts.
+
+    Answers of a group without signal have no gradient, so unless a KL term pulls at them they get no forward pass. They
+    still count in the denominator, the loss being a mean over all answers; --filter drop takes them out of it.
+    """
+    size = args.prompts_per_step // args.updates
+    kept = [s for s in samples if (s.signal or args.filter == "none") and (s.stopped or args.overlong == "keep")]
+    parts = [[s for s in kept if s.group // size == u] for u in range(args.updates)]
+    batches = [micro_batches([s for s in part if s.advantage or args.kl_coef], args, world) for part in parts]
+    with torch.no_grad():  # before the first update changes the weights
+        for b in (b for part in batches for b in part):
+            if args.updates > 1:  # in the very micro-batches of the update: another packing would round differently
+                b.old_logp = log_probs(model, b, args.temperature)
+            if args.kl_coef:
+                b.ref_logp = log_probs(reference, b, args.temperature)
+    sums, norms = dict.fromkeys(("tokens", "clip_low", "clip_high", "kl", "gap", "gap_kl", "gap_max"), 0.0), []
+    for part, group in zip(parts, batches, strict=True):
+        tokens, n = over_ranks([sum(len(s.tokens) for s in part), len(part)], world)
+        total = {"token": tokens, "sequence": n, "constant": n * cap}[args.loss_agg]
+        for b in group:
+            backward(model, b, total, sums, args, world)
+        norms += [optimizer_step(model, optimizer)] if group else []  # no signal on any rank: the weights stay
+    gap_max = over_ranks([sums.pop("gap_max")], world, dist.ReduceOp.MAX)[0]
+    trained, *rest = over_ranks(list(sums.values()), world)
+    metrics = dict(zip(list(sums)[1:], (x / trained if trained else None for x in rest), strict=True))
+    finite = [x for x in norms if math.isfinite(x)]
+    if not args.kl_coef:
+        metrics.pop("kl")
+    metrics |= {"gap_max": gap_max, "trained_tokens": int(trained), "skipped": len(norms) - len(finite)}
+    return metrics | {"grad_norm": sum(finite) / len(finite) if finite else None}
+
+
+def backward(model, b: MicroBatch, total: float, sums: dict[str, float], args, world: midtrain.World) -> None:
+    """Add a micro-batch's gradient to the parameters' and its metrics to `sums`."""
+    logp = log_probs(model, b, args.temperature)
+    old_logp = logp.detach() if b.old_logp is None else b.old_logp  # one update a rollout: the ratio is 1 by definition
+    loss, parts = grpo_loss(
+        logp, old_logp, b.advantages, b.mask, loss_agg=args.loss_agg, denominator=total, clip_low=args.clip_low,
+        clip_high=args.clip_high, dual_clip=args.dual_clip, is_cap=args.is_cap, sampler_logp=b.sampler_logp,
+        kl_coef=args.kl_coef, kl=args.kl, ref_logp=b.ref_logp,
+    )  # fmt: skip
+    (loss * world.size).backward()  # FSDP2 averages gradients over ranks; `total` already is a sum over them
+    gap = (old_logp - b.sampler_logp) * b.mask  # sampler against trainer: 0 but for rounding
+    parts |= {"gap": gap.abs().sum(), "gap_kl": (gap.exp() - 1 - gap).sum()}
+    for key, value in parts.items():
+        sums[key] += value.item()
+    sums["gap_max"] = max(sums["gap_max"], gap.abs().max().item() if gap.numel() else 0.0)
+
+
+def optimizer_step(model, optimizer) -> float:
+    """Clip, step, clear; returns the norm before clipping. If that is not finite there is no step, on any rank."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), midtrain.GRAD_CLIP)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of all shards, so all ranks agree
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def read_problems(path: str) -> list[dict]:
+    """JSON lines with "problem" and "answer"; ValueError names the file and the line that is wrong."""
+    rows = list(verify.read_rows(path, (("problem", "answer"),)))
+    if not rows:
+        raise ValueError(f"{path} holds no problem")
+    return rows
+
+
+def load_problems(args, tok) -> tuple[list[dict], list[dict]]:
+    """(to train on, held out), with each prompt's ids as "tokens"; training prompts that are too long are left out."""
+    train = read_problems(args.prompts) if args.prompts else synth.problems("train", WORLD_PROBLEMS, args.seed)
+    if args.eval:
+        held_out = read_problems(args.eval)[: args.eval_problems]
+    elif args.prompts:  # a tenth of the file at most
+        k = min(args.eval_problems, max(1, len(train) // 10))
+        if len(train) < 2:
+            raise ValueError(
+                f"{args.prompts} holds one problem: nothing would be left to evaluate on; give --eval FILE"
+            )
+        train, held_out = train[:-k], train[-k:]
+    else:  # disjoint by construction, and the same for every seed
+        held_out = synth.problems("test", args.eval_problems)
+    for row in train + held_out:
+        row["tokens"] = tok.encode(prompts.TEMPLATES[args.template](row["problem"]))
+    kept = [row for row in train if len(row["tokens"]) <= args.max_prompt]
+    if not kept:
+        shortest = min(len(row["tokens"]) for row in train)
+        raise ValueError(f"no prompt is within --max-prompt {args.max_prompt}: the shortest has {shortest} tokens")
+    if len(kept) < len(train):
+        midtrain.say(f"{len(train) - len(kept)} of {len(train)} prompts left out: longer than {args.max_prompt} tokens")
+    return kept, held_out
+
+
+def starting_point(args) -> tuple[str, str]:
+    """(checkpoint folder, name of this run)."""
+    if args.ckpt:
+        return find_checkpoint(args.ckpt), "rl-" + os.path.basename(os.path.normpath(args.ckpt))
+    stage = os.path.join(args.out, args.branch)
+    if not midtrain.is_finished(stage):
+        how = f"python midtrain.py --branch {args.branch} --preset {args.preset} --out {args.out}"
+        raise FileNotFoundError(f"{stage} is not a finished stage to start from; make it with: {how}")
+    return midtrain.latest_checkpoint(stage), "rl-" + args.branch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Run:
+    """A training run: its model, optimizer, sampler, problems and folder, at some step."""
+
+    def __init__(self, args, world: midtrain.World):
+        source, self.name = starting_point(args)
+        self.args, self.world, self.folder = args, world, os.path.join(args.out, self.name)
+        dtype = midtrain.fastest_dtype(world.device) if args.dtype == "auto" else args.dtype
+        models = [load(source) for _ in range(2 if args.kl_coef else 1)]
+        self.tok = models[0][1]
+        args.dtype, args.stop = dtype, (*self.tok.stop_ids, *prompts.STOP)
+        norm = models[0][0].norm.weight.detach().float().numpy()  # one small tensor tells a retrained model from this
+        self.fingerprint = hashlib.sha256(norm.tobytes()).hexdigest()[:16]
+        self.train, self.held_out = load_problems(args, self.tok)
+        self.model, *reference = (midtrain.shard(m.float(), world, midtrain.DTYPES[dtype]) for m, _ in models)
+        self.reference = reference[0] if reference else None
+        self.optimizer = midtrain.make_optimizer(self.model, args.lr, weight_decay=0.0)
+        self.sampler = Sampler(self.model, self.tok, args.slots)
+        midtrain.on_first_rank(self.open_folder)
+        self.saved = midtrain.latest_checkpoint(self.folder)
+        self.step = midtrain.load_checkpoint(self.saved, self.model, self.optimizer)["step"] if self.saved else 0
+        self.log = midtrain.MetricsLog(self.folder, self.step if self.saved else -1)
+        self.started, self.first_step = time.perf_counter(), self.step
+        self.say(
+            f"{f'goes on at step {self.step}' if self.saved else f'starts from {source}'}: {len(self.train)} problems, "
+            f"{len(self.held_out)} held out, {dtype} on {world.size} x {world.device.type}"
+        )
+
+    def say(self, text: str) -> None:
+        midtrain.say(f"[{self.name}] {text}")
+
+    def open_folder(self) -> None:
+        """Make it and note the settings; those that decide the result must be what they were."""
+        path = os.path.join(self.folder, "config.json")
+        settings = {k: v for k, v in vars(self.args).items() if k not in MAY_CHANGE} | {"weights": self.fingerprint}
+        if midtrain.latest_checkpoint(self.folder) and (changed := midtrain.differences(read_json(path), settings)):
+            raise ValueError(f"{self.folder} was made with other settings ({changed}): use another --out")
+        os.makedirs(self.folder, exist_ok=True)
+        midtrain.replace_file(path, json.dumps(settings, indent=1))
+
+    def loop(self) -> None:
+        """Evaluate, then steps to the end. A row of metrics is complete before the checkpoint of its step is saved."""
+        args = self.args
+        with midtrain.Interrupt() as interrupt:
+            if not self.saved:
+                self.log.write({"step": 0} | self.evaluate())
+            while self.step < args.steps:
+                row = self.train_step()
+                signum, last = interrupt.agreed(self.world), self.step == args.steps
+                if self.step % args.log_every == 0 or last or signum:
+                    self.say(self.line(row))
+                if self.step % args.eval_every == 0 or last:
+                    row |= self.evaluate()
+                self.log.write(row)
+                if self.step % args.save_every == 0 or last or signum:
+                    run = (self.folder, self.step, self.model, self.optimizer, self.tok)
+                    self.saved = midtrain.save_checkpoint(*run, {"stage": self.name})
+                if signum:
+                    self.say(f"stopped after step {self.step}: saved {self.saved}, the same command goes on")
+                    raise SystemExit(128 + signum)
+            if signum := interrupt.agreed(self.world):  # it came during the last evaluation or save
+                raise SystemExit(128 + signum)
+        self.say(f"done: {self.saved}")
+
+    def train_step(self) -> dict:
+        """Rollout, rewards, update → a row of metrics. Everything random follows from (seed, step)."""
+        args, world, step, start = self.args, self.world, self.step, time.perf_counter()
+        cap, P = length_cap(args.stairs, step), args.prompts_per_step
+        asked = [self.train[i] for i in prompt_order(len(self.train), P, step, args.seed)]
+        with unsharded(self.model):
+            samples = answer(self.sampler, asked, args.rollouts, cap, args.temperature, step * P, args, world)
+        row = {"step": step + 1, "cap": cap, "lr": args.lr, **answer_metrics(samples, world)}
+        sampled = time.perf_counter()
+        row |= update(self.model, self.reference, self.optimizer, samples, cap, args, world)
+        self.step, updated = step + 1, time.perf_counter()
+        if self.step % args.text_every == 0:
+            write_rollouts(f"{self.folder}/rollouts/step_{self.step:06d}.jsonl", samples, asked, world)
+        roll, upd = sampled - start, updated - sampled
+        row |= {"time_rollout": roll, "time_update": upd, "share_rollout": roll / (roll + upd)}
+        made = row["length"] * P * args.rollouts
+        return row | {"rollout_tokens_per_s": made / roll, "update_tokens_per_s": row["trained_tokens"] / upd}
+
+    def evaluate(self) -> dict:
+        """Greedy answers to held-out problems, with the template and the cap of training → metrics."""
+        args, start = self.args, time.perf_counter()
+        asked = self.held_out if self.step in (0, args.steps) else self.held_out[: args.eval_subset]
+        with unsharded(self.model):
+            samples = answer(self.sampler, asked, 1, length_cap(args.stairs, self.step), 0.0, 0, args, self.world)
+        m = answer_metrics(samples, self.world)
+        self.say(
+            f"step {self.step}/{args.steps} held-out: {m['accuracy']:.1%} of {len(asked)} right, length "
+            f"{m['length']:.0f} (right {m['length_correct'] or 0:.0f}), truncated {m['truncated']:.1%}"
+        )
+        row = {"eval_n": len(asked), "steps": args.steps, "time_eval": time.perf_counter() - start}
+        return row | {"eval_" + k: m[k] for k in ("accuracy", "length", "length_correct", "length_wrong", "truncated")}
+
+    def line(self, m: dict) -> str:
+        left = (time.perf_counter() - self.started) / (self.step - self.first_step) * (self.args.steps - self.step)
+        gap, norm = (f"{m[key]:.1e}" if m[key] is not None else "-" for key in ("gap", "grad_norm"))
+        return (
+            f"step {m['step']}/{self.args.steps} reward {m['reward']:+.3f} right {m['accuracy']:.1%} length "
+            f"{m['length']:.0f} cut {m['truncated']:.1%} entropy {m['entropy']:.2f} no-signal {m['no_signal']:.0%} "
+            f"gap {gap} norm {norm} | {m['time_rollout']:.1f} + {m['time_update']:.1f} s, "
+            f"{m['rollout_tokens_per_s']:,.0f} tokens/s, eta {midtrain.duration(left)}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report of a folder of runs
+
+# Okabe and Ito's, which colour-blind readers can tell apart
+COLOURS = {"base": "#999999", "stable": "#000000", "short": "#E69F00", "long": "#0072B2", "hybrid": "#009E73"}
+
+
+def report(out: str) -> str:
+    """Print and write report.md, report.json and report.png of all rl-* runs in `out`; returns the picture's path."""
+    runs, names = {}, [path.parent.name[3:] for path in Path(out).glob("rl-*/metrics.jsonl")]
+    for name in sorted(names, key=lambda name: (BRANCHES.index(name) if name in BRANCHES else 99, name)):
+        with open(os.path.join(out, "rl-" + name, "metrics.jsonl")) as f:
+            rows = [row for row in map(json.loads, f) if "eval_n" in row]
+        if len(rows) > 1 and rows[-1]["step"] == rows[-1]["steps"]:
+            runs[name] = rows
+    if not runs:
+        raise FileNotFoundError(f"no finished rl-* run in {out}; make one with: python rl.py --branch long --out {out}")
+    table = [summary(name, rows[0], rows[-1]) for name, rows in runs.items()]
+    lines = ["| start | before RL | after RL | difference | length before | after | steps |", "|---" * 7 + "|"]
+    for t in table:
+        before, after = (f"{t[k]:.1%} ({t[k + '_low']:.1%} to {t[k + '_high']:.1%})" for k in ("before", "after"))
+        lines.append(
+            f"| {t['start']} | {before} | {after} | {100 * t['difference']:+.1f} points "
+            f"| {t['length_before']:.0f} | {t['length_after']:.0f} | {t['steps']} |"
+        )
+    lines += ["", f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals; mean lengths in tokens."]
+    text = "\n".join(lines)
+    print(text)
+    midtrain.replace_file(os.path.join(out, "report.md"), text)
+    midtrain.replace_file(os.path.join(out, "report.json"), json.dumps(table, indent=1))
+    return draw(runs, os.path.join(out, "report.png"))
+
+
+def report_seeds(outs: list[str]) -> None:
+    """Print the mean and the range over several folders that were reported before: runs with different seeds."""
+    tables = []
+    for out in outs:
+        path = os.path.join(out, "report.json")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{out} has no report.json yet; make it with: python rl.py --report --out {out}")
+        with open(path) as f:
+            tables.append(json.load(f))
+    print(
+        f"| start | before RL | after RL | difference, mean of {len(outs)} | of each | length before | after |\n"
+        + "|---" * 7
+        + "|"
+    )
+    for rows in zip(*tables, strict=True):
+        if len({row["start"] for row in rows}) > 1:
+            raise ValueError(f"{', '.join(outs)} do not hold runs from the same starting points")
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "start"}
+        each = ", ".join(f"{100 * row['difference']:+.1f}" for row in rows)
+        span = {k: (mean[k], min(row[k] for row in rows), max(row[k] for row in rows)) for k in ("before", "after")}
+        before, after = ("{:.1%} ({:.1%} to {:.1%})".format(*span[k]) for k in span)
+        print(f"| {rows[0]['start']} | {before} | {after} | {100 * mean['difference']:+.1f} points | {each} "
+              f"| {mean['length_before']:.0f} | {mean['length_after']:.0f} |")  # fmt: skip
+
+
+def summary(name: str, first: dict, last: dict) -> dict:
+    """A row of the table: the run's first and last evaluations, which are on the same problems."""
+    row = {"start": name, "n": last["eval_n"], "steps": last["step"]}
+    for when, e in (("before", first), ("after", last)):
+        low, high = verify.wilson(round(e["eval_accuracy"] * e["eval_n"]), e["eval_n"])
+        row |= {when: e["eval_accuracy"], when + "_low": low, when + "_high": high, "length_" + when: e["eval_length"]}
+    return row | {"difference": row["after"] - row["before"]}
+
+
+def draw(runs: dict[str, list[dict]], path: str) -> str:
+    """Accuracy and length against the step, a line for each starting point; returns path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for (name, rows), marker in zip(runs.items(), "osD^v*PX" * 9, strict=False):
+        style = {"marker": marker, "markersize": 4, "linewidth": 2, "color": COLOURS.get(name), "label": name}
+        left.plot([r["step"] for r in rows], [100 * r["eval_accuracy"] for r in rows], **style)
+        right.plot([r["step"] for r in rows], [r["eval_length"] for r in rows], **style)
+    left.set(title="Held-out problems solved, greedy (%)", xlabel="GRPO step", ylim=(0, None))
+    right.set(title="Mean length of the answers (tokens)", xlabel="GRPO step", ylim=(0, None))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
+    figure.suptitle("GRPO from different starting points")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+# Flags (and what is made of them) that may differ when a run goes on: the results so far do not depend on them
+MAY_CHANGE = (
+    "out", "steps", "threads", "report", "log_every", "save_every", "text_every", "stop", "stairs", "max_new_tokens",
+)  # fmt: skip
+
+
+def parse_args():
+    p = Parser(prog="rl.py", description=__doc__)
+    p.add_argument("--branch", choices=BRANCHES, help="start from this stage of --out")
+    p.add_argument("--ckpt", metavar="DIR", help="or from this checkpoint, ours or a Hugging Face Llama's")
+    p.add_argument(
+        "--report",
+        action="store_true",
+        help="no training: table and picture of all runs in --out (DIR,DIR: mean over seeds)",
+    )
+    p.add_argument("--out", metavar="DIR", help="folder of the runs (default runs/PRESET); this one is DIR/rl-START")
+    p.add_argument("--preset", default="tiny", choices=PRESETS, help="which sizes (default tiny)")
+    p.add_argument("--prompts", metavar="FILE", help="JSON lines of problem and answer (default: the generated world)")
+    p.add_argument("--eval", metavar="FILE", help="held out (default: a tenth of --prompts, or the world's test split)")
+    p.add_argument("--seed", type=int, default=0, help="of the order of the prompts and of sampling")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads of a process")
+    p.add_argument("--dtype", default="auto", choices=("auto", *midtrain.DTYPES), help="of activations")
+    p.add_argument("--template", default="simple", choices=prompts.TEMPLATES, help="complex: for long thoughts")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
+    p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of the policy that is trained")
+    p.add_argument("--advantage", default="group", choices=("group", "mean", "rloo"), help="see advantages()")
+    p.add_argument("--loss-agg", default="token", choices=("token", "sequence", "constant"), help="see grpo_loss()")
+    p.add_argument("--clip-low", type=float, default=0.2, help="a ratio may fall to 1 - this")
+    p.add_argument("--clip-high", type=float, default=0.2, help="and grow to 1 + this; DAPO: 0.28")
+    p.add_argument("--dual-clip", type=float, default=0.0, help="bound for bad tokens grown likely (3; 0: off)")
+    p.add_argument("--is-cap", type=float, default=0.0, help="truncated importance weights for the gap (2; 0: off)")
+    p.add_argument("--kl-coef", type=float, default=0.0, help="pull towards the starting point (0: it is not loaded)")
+    p.add_argument("--kl", default="k3", choices=("k1", "k2", "k3"), help="see kl_estimate()")
+    p.add_argument("--filter", default="none", choices=("none", "drop"), help="drop: equal rewards do not count")
+    p.add_argument("--overlong", default="keep", choices=("keep", "mask"), help="mask: truncated answers do not count")
+    p.add_argument("--log-every", type=int, default=1, help="steps between lines; metrics.jsonl has every step")
+    for name, (ours, paper, text) in SIZES.items():
+        flag, text = "--" + name.replace("_", "-"), f"{text} (tiny {ours}, paper {paper})"
+        p.add_argument(flag, type=type(ours), metavar="X", help=text)
+    with contextlib.redirect_stderr(sys.stderr if midtrain.is_first() else io.StringIO()):
+        args = p.parse_args()
+    for name, row in SIZES.items():
+        if getattr(args, name) is None:
+            setattr(args, name, row[PRESETS[args.preset]])
+    args.out = args.out or f"runs/{args.preset}"
+    if args.max_new_tokens is not None:
+        args.length_schedule = f"0:{args.max_new_tokens}"
+    args.stairs = parse_schedule(args.length_schedule)
+    return args
+
+
+def check(args) -> None:
+    """ValueError for settings that do not work together."""
+    if (args.branch is None) == (args.ckpt is None):
+        raise ValueError(f"where to start? Give one of --branch {'|'.join(BRANCHES)} and --ckpt DIR")
+    for name in ("log_every", "threads", *SIZES):
+        if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    for name in ("seed", "clip_low", "clip_high", "dual_clip", "is_cap", "kl_coef"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature} must be above 0: a greedy policy has no gradient")
+    if args.rollouts < 2:
+        raise ValueError("--rollouts 1 leaves nothing to compare an answer with: give at least 2")
+    if args.prompts_per_step % args.updates:
+        raise ValueError(f"--prompts-per-step {args.prompts_per_step} does not split into {args.updates} equal updates")
+
+
+def main() -> None:
+    with midtrain.one_voice():
+        args = parse_args()
+        if args.report:
+            return report_seeds(args.out.split(",")) if "," in args.out else print(report(args.out))
+        check(args)
+        Run(args, midtrain.setup(args.threads)).loop()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,398 @@
+"""Mid-training: what resumes is what was not killed, ranks and micro-batches change nothing, bad input is one line."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import midtrain
+from data import prepare, run_cli
+from model import Llama, LlamaConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+ROOT = Path(__file__).parent.parent
+SOURCES = ("general", "web", "short_cot", "long_cot", "instruct")
+DRIVER = f"""
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import midtrain, test_midtrain
+from data import run_cli
+test_midtrain.make_small()
+run_cli(midtrain.main)
+"""
+
+
+def make_small() -> None:
+    """The tiny preset made minute, here and in the processes that the tests start."""
+    midtrain.PRESETS["tiny"] = LlamaConfig(300, 2, 32, 4, 2, 8, 64)
+    midtrain.RUNS["tiny"] = midtrain.RUNS["tiny"] | {
+        "steps": midtrain._stages(4, 4, 4), "warmup": 2, "batch": 8, "micro_batch": 4, "seq_len": 64, "vocab": 300,
+        "tokens": dict.fromkeys(SOURCES, 20_000), "save_every": 4, "eval_every": 100, "log_every": 1,
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for table in ("PRESETS", "RUNS"):
+        monkeypatch.setattr(midtrain, table, dict(getattr(midtrain, table)))
+    make_small()
+    midtrain.say_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    prepare.prepare_synth(folder, 300, 64, dict.fromkeys(SOURCES, 20_000), 0)
+    return folder
+
+
+@pytest.fixture
+def train(shards, monkeypatch):
+    """train(out, *flags) runs the program in this process."""
+
+    def run(out: Path, *flags: str, data: Path = shards) -> None:
+        command = ["midtrain.py", "--out", out, "--data", data, "--dtype", "fp32", "--threads", "1", *flags]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        midtrain.main()
+
+    return run
+
+
+def rows(stage_dir: Path) -> list[dict]:
+    """metrics.jsonl without the only field that may differ between equal runs."""
+    lines = (stage_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+
+
+def state(stage_dir: Path) -> dict:
+    """Weights and optimizer state of the newest checkpoint, bit for bit."""
+    path = Path(midtrain.latest_checkpoint(str(stage_dir)))
+    model = Llama.from_pretrained(str(path))
+    optimizer = midtrain.make_optimizer(model, 1e-3)
+    midtrain.load_checkpoint(str(path), model, optimizer)
+    moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    return {k: v.numpy().tobytes() for k, v in (model.state_dict() | moments).items()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert rows(a) == rows(b)
+    assert state(a) == state(b)
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Do something in the middle of the step-th training step from now."""
+    real, count = midtrain.train_step, iter(range(1, 1000))
+
+    def train_step(*args):
+        if next(count) == step:
+            action()
+        return real(*args)
+
+    monkeypatch.setattr(midtrain, "train_step", train_step)
+
+
+def crash():
+    raise RuntimeError("killed here")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule
+
+
+def test_schedules_have_their_shapes():
+    base = [midtrain.learning_rate("base", s, 10, 1.0, warmup=4) for s in range(10)]
+    assert base == [0.25, 0.5, 0.75] + [1.0] * 7
+    assert {midtrain.learning_rate("stable", s, 10, 3e-4) for s in range(10)} == {3e-4}
+    for branch in ("short", "long", "hybrid"):
+        decay = [midtrain.learning_rate(branch, s, 101, 2e-5) for s in range(101)]
+        assert decay[0] == 2e-5 and decay[-1] == 0.1 * 2e-5, "from the stable rate to exactly a tenth"
+        assert decay == sorted(decay, reverse=True)
+        assert math.isclose(decay[50], 0.55 * 2e-5), "half-way down at half-time"
+
+
+def test_paper_presets_have_the_published_numbers():
+    for preset, lr in (("1b", 5e-5), ("3b", 2e-5), ("8b", 1e-5)):
+        run = midtrain.RUNS[preset]
+        assert (run["lr"]["stable"], run["lr"]["long"], run["batch"] * run["seq_len"]) == (lr, lr, 512 * 8192)
+        assert (run["steps"]["stable"], run["steps"]["short"], run["warmup"]) == (50_000, 5_000, 0)
+
+
+def test_only_matrices_decay():
+    model = Llama(LlamaConfig(50, 1, 16, 2, 1, 8, 16))
+    decayed, rest = (group["params"] for group in midtrain.make_optimizer(model, 1e-3).param_groups)
+    assert {p.ndim for p in decayed} == {2} and {p.ndim for p in rest} == {1}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def test_a_branch_runs_what_it_stands_on(train, tmp_path, capsys):
+    train(tmp_path, "--branch", "long", "--steps", "3")
+    said = capsys.readouterr().out
+    assert "running base, stable, long" in said and "[stable] starts from base" in said
+    for stage, steps in (("base", 4), ("stable", 4), ("long", 3)):
+        assert [row["step"] for row in rows(tmp_path / stage)] == list(range(1, steps + 1))
+    first, last = rows(tmp_path / "long")[0], rows(tmp_path / "long")[-1]
+    assert last["lr"] == pytest.approx(0.1 * first["lr"]) and last["val_loss"] > 0
+    assert math.isclose(last["val_loss"], sum(
+        w * last[f"val_loss/{k}"] for k, w in midtrain.recipes.STAGES["tiny"]["long"].items()))  # fmt: skip
+
+    train(tmp_path, "--branch", "short")
+    said = capsys.readouterr().out
+    assert "[short] starts from stable" in said and "[base]" not in said
+    train(tmp_path, "--branch", "short")
+    assert "[short] is finished" in capsys.readouterr().out
+    assert (tmp_path / "short/checkpoints/latest").read_text().strip() == "step_000004"
+
+
+def test_data_is_generated_when_none_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "base", "--steps", "1", "--out", str(tmp_path)])
+    midtrain.main()
+    assert (tmp_path / "data/index.json").exists() and len(rows(tmp_path / "base")) == 1
+
+
+def test_init_takes_the_place_of_base(train, tmp_path):
+    train(tmp_path / "a", "--branch", "base")
+    start = midtrain.latest_checkpoint(str(tmp_path / "a/base"))
+    train(tmp_path / "b", "--branch", "stable", "--init", start)
+    assert not (tmp_path / "b/base").exists()
+    assert rows(tmp_path / "b/stable")[0]["loss"] < rows(tmp_path / "a/base")[0]["loss"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resumed_is_uninterrupted_bit_for_bit(train, tmp_path, monkeypatch, dtype):
+    command = ("--branch", "base", "--steps", "8", "--dtype", dtype)
+    train(tmp_path / "a", *command)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        at_step(patch, 7, crash)
+        train(tmp_path / "b", *command)
+    assert len(rows(tmp_path / "b/base")) == 6, "two steps later than the checkpoint: they must be cut off"
+    with open(tmp_path / "b/base/metrics.jsonl", "a") as f:
+        f.write('{"step": 7, "lo')  # what a process killed while writing leaves
+    train(tmp_path / "b", *command)
+    assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, name):
+    command, signum = ("--branch", "base", "--steps", "6"), getattr(signal, name)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signum))
+        train(tmp_path / "b", *command)
+    assert stop.value.code == 128 + signum
+    assert midtrain.latest_checkpoint(str(tmp_path / "b/base")).endswith("step_000003")
+    train(tmp_path / "b", *command)
+    train(tmp_path / "a", *command)
+    assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
+
+
+def test_a_signal_in_the_last_evaluation_is_not_forgotten(train, tmp_path, monkeypatch):
+    real = midtrain.evaluate
+    monkeypatch.setattr(midtrain, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path, "--branch", "stable")
+    assert stop.value.code == 130
+    assert midtrain.is_finished(str(tmp_path / "base")) and not (tmp_path / "stable").exists()
+
+
+def test_a_start_that_failed_does_not_lock_the_folder(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        at_step(patch, 1, crash)
+        train(tmp_path, "--branch", "base", "--lr", "1")
+    train(tmp_path, "--branch", "base")
+    with pytest.raises(ValueError, match="other settings .lr"):
+        train(tmp_path, "--branch", "base", "--lr", "1")
+
+
+def test_other_data_is_noticed_on_resume(train, tmp_path):
+    other = prepare.prepare_synth(tmp_path / "other", 300, 64, dict.fromkeys(SOURCES, 20_000), 1)
+    assert other
+    train(tmp_path / "a", "--branch", "base")
+    with pytest.raises(ValueError, match="data"):
+        train(tmp_path / "a", "--branch", "base", "--steps", "4", data=tmp_path / "other")
+
+
+def test_kill_minus_9_loses_nothing(train, tmp_path, shards):
+    command = ("--branch", "base", "--steps", "40")
+    flags = ("--out", tmp_path / "b", "--data", shards, "--dtype", "fp32", "--threads", "1", *command)
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, *flags], stdout=subprocess.DEVNULL)
+    metrics, end = tmp_path / "b/base/metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 10:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    train(tmp_path / "b", *command)
+    train(tmp_path / "a", *command)
+    assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys):
+    command = ("--branch", "base", "--steps", "8")
+    train(tmp_path / "a", *command)
+    train(tmp_path / "b", *command)
+    newest = tmp_path / "b/base/checkpoints/step_000008/model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    train(tmp_path / "b", *command)
+    assert "step_000008 is damaged" in capsys.readouterr().out
+    assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
+
+
+@pytest.mark.parametrize("fails", ["state", "weights"])
+def test_a_full_disk_leaves_the_earlier_checkpoints(train, tmp_path, monkeypatch, fails):
+    from safetensors import SafetensorError
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def limit():
+        if fails == "state":  # no file may grow beyond this: Linux's way to meet a full disk without filling one
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        else:
+            monkeypatch.setattr(Llama, "save_pretrained", full)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(OSError, match=r"step_000008 could not be written \(.*MiB free"),
+        ):
+            at_step(patch, 6, limit)
+            train(tmp_path / "b", "--branch", "base", "--steps", "8")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.undo()
+    assert sorted(os.listdir(tmp_path / "b/base/checkpoints")) == ["latest", "step_000004"]
+    assert len(state(tmp_path / "b/base")) > 0
+
+
+def test_two_checkpoints_are_kept(train, tmp_path):
+    train(tmp_path, "--branch", "base", "--steps", "5", "--save-every", "1")
+    assert sorted(os.listdir(tmp_path / "base/checkpoints")) == ["latest", "step_000004", "step_000005"]
+
+
+def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
+    train(tmp_path, "--branch", "base")
+    path = midtrain.latest_checkpoint(str(tmp_path / "base"))
+    model = Llama.from_pretrained(path)
+    optimizer = midtrain.make_optimizer(model, 7e-4, weight_decay=0.0, betas=(0.8, 0.9))
+    midtrain.load_checkpoint(path, model, optimizer)
+    assert [(g["lr"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups] == [(7e-4, 0.0, (0.8, 0.9))] * 2
+    assert all(s["step"] == 4 and s["exp_avg_sq"].any() for s in optimizer.state.values()), "the moments are loaded"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks and micro-batches
+
+
+def test_two_ranks_and_accumulation_give_the_losses_of_one_process(train, tmp_path, shards):
+    """And a state that one process wrote is loaded by two, then the other way round."""
+    command = ("--branch", "stable", "--steps", "20", "--save-every", "10")
+    train(tmp_path / "one", "--branch", "base")
+    for other in ("cut", "two"):
+        subprocess.run(["cp", "-r", tmp_path / "one", tmp_path / other], check=True)
+    train(tmp_path / "one", *command, "--micro-batch", "8")
+    train(tmp_path / "cut", *command, "--micro-batch", "3")
+
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    flags = ("--out", tmp_path / "two", "--data", shards, "--dtype", "fp32", *command)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver, *flags)
+    done = subprocess.run(
+        launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step  1/20") == 1, "only one rank speaks"
+    newest = tmp_path / "two/stable/checkpoints/step_000020"
+    subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / "back"], check=True)
+    subprocess.run(["rm", "-r", tmp_path / "back/stable/checkpoints" / newest.name], check=True)
+    train(tmp_path / "back", *command)
+
+    one = rows(tmp_path / "one/stable")
+    for other in ("cut", "two", "back"):
+        for a, b in zip(one, rows(tmp_path / other / "stable"), strict=True):
+            apart = {key: abs(a[key] - b[key]) for key in a}
+            assert a.keys() == b.keys() and max(apart.values()) <= 1e-5, f"{other}, step {a['step']}: {apart}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ("--branch lang", "'lang' (choose from"),
+        ("--branch long --preset 2b", "'2b' (choose from"),
+        ("--branch long --fast", "valid flags: --activation-checkpointing"),
+        ("--branch long --batch 0", "--batch must be above 0, not 0"),
+        ("--branch long --lr nan", "--lr must be above 0, not nan"),
+        ("--branch long --init nowhere", "nowhere/config.json not found"),
+        ("--branch base --preset 1b", "take stable"),
+        ("--branch long --preset 1b", "--preset 1b needs --init DIR"),
+        ("--branch stable --preset 1b --init X", "--preset 1b needs --data DIR"),
+        ("--branch base --preset small", "--preset small needs --data DIR"),
+        ("--branch base --preset small --data nowhere", "python -m data.prepare --data nowhere"),
+        ("--branch base --out /dev/null/x", "/dev/null"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, tmp_path, flags, reason):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["midtrain.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(midtrain.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and reason in error
+
+
+def test_another_shape_is_named(train, tmp_path, shards):
+    Llama(LlamaConfig(300, 3, 32, 4, 2, 8, 64)).save_pretrained(str(tmp_path / "init"))
+    with pytest.raises(ValueError, match="num_layers 3 → 2"):
+        train(tmp_path / "run", "--branch", "stable", "--init", str(tmp_path / "init"))
+    Llama(LlamaConfig(300, 2, 32, 4, 2, 8, 64)).save_pretrained(str(tmp_path / "init"))
+    tokens = (shards / "tokenizer.model").read_text().splitlines()
+    swapped = [*tokens[:-2], f"{tokens[-1].split()[0]} {len(tokens) - 2}", f"{tokens[-2].split()[0]} {len(tokens) - 1}"]
+    (tmp_path / "init/tokenizer.model").write_text("\n".join(swapped))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train(tmp_path / "run2", "--branch", "stable", "--init", str(tmp_path / "init"))
+
+
+def test_other_settings_are_named(train, tmp_path):
+    train(tmp_path, "--branch", "base")
+    with pytest.raises(ValueError, match=r"steps 4 → 5; seed 0 → 1\): use another --out"):
+        train(tmp_path, "--branch", "base", "--steps", "5", "--seed", "1")
+    midtrain.PRESETS["tiny"] = LlamaConfig(300, 2, 64, 4, 2, 8, 64)
+    with pytest.raises(ValueError, match="hidden_size 32 → 64"):
+        train(tmp_path, "--branch", "stable")
+
+
+def test_a_truncated_shard_is_named(train, tmp_path, shards):
+    subprocess.run(["cp", "-r", shards, tmp_path / "data"], check=True)
+    os.truncate(tmp_path / "data/general.train.bin", 10_000)
+    with pytest.raises(ValueError, match="general.train.bin is truncated"):
+        train(tmp_path / "run", "--branch", "base", data=tmp_path / "data")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    with pytest.raises(ValueError, match="try a lower --lr"):
+        train(tmp_path, "--branch", "base", "--lr", "1e30")
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows(tmp_path / "base"))
+
+
+def test_plan_needs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "stable", "--preset", "8b", "--plan"])
+    midtrain.main()
+    said = capsys.readouterr().out
+    assert "8,030,261,248 parameters" in said and "209,715,200,000 tokens" in said

@@ -1,0 +1,313 @@
+"""The Llama against transformers' Llama, against itself along other paths, and against damaged checkpoints."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as llama
+from model import KVCache, Llama, LlamaConfig
+
+torch.set_num_threads(1)  # on matrices this small a second thread is only waited for
+
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+TINY = LlamaConfig(61, 2, 32, 4, 2, 8, 48, rope_theta=100.0, max_position=64)
+CASES = {
+    "GQA 1, tied": replace(TINY, num_kv_heads=4),
+    "GQA 2, untied": replace(TINY, tie_embeddings=False),
+    "GQA 4, scaled": replace(TINY, num_kv_heads=1, rope_scaling=SCALING),
+    "GQA 2, scaled, untied, wide heads": replace(TINY, head_dim=16, rope_scaling=SCALING, tie_embeddings=False),
+}
+
+
+def random_llama(config: LlamaConfig = TINY, seed: int = 0) -> Llama:
+    """Weights far larger than a real initialisation, so that attention is sharp and a wrong detail shows."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Llama(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.3 * noise if p.ndim == 1 else 1.5 * noise / p.shape[1] ** 0.5)
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(TINY.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    module = pytest.importorskip("transformers")
+    module.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_reads_what_we_save(case, transformers, tmp_path):
+    model = random_llama(CASES[case])
+    model.save_pretrained(tmp_path)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = random_tokens(2, 48)  # three times the length that SCALING stretches
+    assert_close(model(tokens), theirs(tokens).logits)
+
+
+@pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("case", CASES)
+def test_we_read_what_transformers_saves(case, form, transformers, tmp_path):
+    """Both ways to write the rotary embedding: transformers 5's rope_parameters, and Meta's published config.json."""
+    config = llama.config_to_hf(CASES[case], "float32")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, initializer_range=0.3)).eval()
+    theirs.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    if form == "rope_parameters":
+        assert "rope_parameters" in saved
+    else:
+        rope = saved.pop("rope_parameters")
+        saved |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+    model = Llama.from_pretrained(tmp_path)
+    assert model.config == CASES[case]
+    tokens = random_tokens(2, 48, seed=1)
+    assert_close(model(tokens), theirs(tokens).logits)
+
+
+def test_rounds_of_saving_change_nothing(tmp_path):
+    model = random_llama(CASES["GQA 2, scaled, untied, wide heads"])
+    model.save_pretrained(tmp_path)
+    again = Llama.from_pretrained(tmp_path)
+    assert again.config == model.config
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert torch.equal(model(random_tokens(1, 20)), again(random_tokens(1, 20)))
+
+
+def test_weights_in_several_files_and_a_tied_matrix_written_twice(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = random_llama()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(weights)
+    save_file({k: weights[k] for k in names[:5]}, tmp_path / "model-00001-of-00002.safetensors")
+    rest = {k: weights[k] for k in names[5:]} | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(rest, tmp_path / "model-00002-of-00002.safetensors")
+    assert torch.equal(Llama.from_pretrained(tmp_path)(random_tokens(1, 9)), model(random_tokens(1, 9)))
+
+
+def test_published_shapes_have_the_published_sizes():
+    sizes = {name: round(config.num_params() / 1e9, 2) for name, config in llama.PRESETS.items()}
+    assert {k: sizes[k] for k in ("1b", "3b", "8b")} == {"1b": 1.24, "3b": 3.21, "8b": 8.03}
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in Llama(llama.PRESETS["tiny"]).parameters())
+    assert counted == llama.PRESETS["tiny"].num_params()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed documents
+
+
+def pack(lengths: list[int]) -> torch.Tensor:
+    """doc_start (1, T) of documents of these lengths."""
+    starts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])
+    return starts.repeat_interleave(torch.tensor(lengths))[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[7, 1, 13, 3], [24], [1, 1, 22]])
+def test_packed_documents_equal_separate_ones(lengths, dtype):
+    model = random_llama(CASES["GQA 4, scaled"])
+    model.compute_dtype = dtype
+    tokens = random_tokens(1, sum(lengths))
+    packed = model(tokens, doc_start=pack(lengths))
+    separate = torch.cat([model(document) for document in tokens.split(lengths, dim=1)], dim=1)
+    # bf16: other shapes of the same products, one rounding (2^-8) here and there, carried through two layers
+    assert_close(packed, separate, 1e-5 if dtype == torch.float32 else 0.15)
+
+
+def test_packed_documents_give_the_gradients_of_separate_ones():
+    lengths = [7, 1, 13, 3]
+    tokens, targets = random_tokens(1, 24), random_tokens(1, 24, seed=1)
+    gradients = []
+    for packed in (True, False):
+        model = random_llama()
+        if packed:
+            model(tokens, targets, doc_start=pack(lengths)).sum().backward()
+        else:
+            sum(model(a, b).sum() for a, b in zip(tokens.split(lengths, 1), targets.split(lengths, 1))).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        assert_close(a, b, 1e-4)
+
+
+def test_a_document_sees_nothing_of_the_one_before():
+    model, doc_start = random_llama(), pack([9, 15])
+    tokens = random_tokens(1, 24)
+    other = tokens.clone()
+    other[0, :9] = random_tokens(9, seed=5)
+    assert torch.equal(model(tokens, doc_start=doc_start)[0, 9:], model(other, doc_start=doc_start)[0, 9:])
+
+
+def test_no_position_sees_the_future():
+    model, tokens = random_llama(), random_tokens(1, 24)
+    other = tokens.clone()
+    other[0, 10:] = random_tokens(14, seed=5)
+    assert_close(model(tokens)[0, :10], model(other)[0, :10])
+    assert not torch.allclose(model(tokens)[0, 10:], model(other)[0, 10:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The KV cache
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cache_equals_the_full_forward(case):
+    """Ragged rows: a right-padded prefill, a padded continuation of several tokens, then single tokens."""
+    model, pieces = random_llama(CASES[case]), [(9, 5, 1), (1, 3, 1), (6, 8, 1), (4, 1, 1)]
+    tokens = [random_tokens(sum(p), seed=i) for i, p in enumerate(pieces)]
+    expected = [model(row[None])[0] for row in tokens]
+    cache = KVCache(model.config, slots=6, max_len=32)  # more slots and length than rows need
+    cache.k.fill_(7.0)  # what an earlier sequence left must not be seen
+    cache.v.fill_(7.0)
+    for step in range(3):
+        lengths = [p[step] for p in pieces]
+        batch = torch.zeros(len(pieces), max(lengths), dtype=torch.int64)
+        for b, n in enumerate(lengths):
+            at = int(cache.lengths[b])
+            batch[b, :n] = tokens[b][at : at + n]
+        logits = model(batch, cache=cache)
+        for b, n in enumerate(lengths):
+            at = int(cache.lengths[b])
+            assert_close(logits[b, :n], expected[b][at : at + n])
+        cache.lengths[: len(pieces)] += torch.tensor(lengths)
+
+
+def test_a_copied_slot_goes_on_like_its_source():
+    model, tokens = random_llama(), random_tokens(3, 12)
+    source, cache = KVCache(model.config, 3, 12), KVCache(model.config, 4, 20)
+    model(tokens[:, :11], cache=source)
+    source.lengths += 11
+    for dst, src in ((0, 2), (1, 0)):
+        cache.copy_row(source, src, dst, 11)
+    logits = model(tokens[[2, 0], 11:], cache=cache)
+    assert_close(logits[:, 0], model(tokens[[2, 0]])[:, -1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("budget", [1 << 25, 7 * TINY.vocab_size, 1])
+def test_nll_is_the_cross_entropy_of_tempered_logits(budget, temperature, monkeypatch):
+    """Whole, in chunks of 7 tokens, and token by token; values and gradients."""
+    monkeypatch.setattr(llama, "LOGITS_BUDGET", budget)
+    tokens, targets = random_tokens(2, 10), random_tokens(2, 10, seed=1)
+    targets[0, 3] = targets[1, 8:] = -1
+    weights = torch.rand(2, 10)  # an uneven loss: a chunk that comes back in the wrong order would show
+    model, reference = random_llama(), random_llama()
+    nll = model(tokens, targets, temperature=temperature)
+    logits = reference(tokens).flatten(0, 1) / temperature
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="none").view(2, 10)
+    assert nll.dtype == torch.float32
+    assert_close(nll, expected)
+    assert torch.equal(nll[targets < 0], torch.zeros(3))
+    (nll * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for a, b in zip(model.parameters(), reference.parameters()):
+        assert_close(a.grad, b.grad, 1e-4)
+
+
+def test_ignored_targets_give_no_gradient():
+    model = random_llama()
+    nll = model(random_tokens(1, 6), torch.tensor([[-1, -1, -100, -100, -1, -2]]))
+    nll.sum().backward()
+    assert not nll.any()
+    assert all(not p.grad.any() for p in model.parameters())
+
+
+def test_bf16_is_close_to_fp32_and_leaves_the_weights_in_fp32():
+    model = Llama(TINY).init_weights(0)
+    tokens, targets = random_tokens(4, 32), random_tokens(4, 32, seed=1)
+    exact = model(tokens, targets)
+    model.compute_dtype = torch.bfloat16
+    rough = model(tokens, targets)
+    rough.sum().backward()
+    assert rough.dtype == torch.float32 and model.hidden(tokens).dtype == torch.bfloat16
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    assert (rough - exact).abs().mean() < 0.01
+
+
+def test_a_seed_is_an_initialisation():
+    a, b, c = (Llama(TINY).init_weights(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["embed.weight"], c["embed.weight"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be loaded is said in one line
+
+
+def _edit_config(**changes):
+    def damage(path):
+        config = json.loads((path / "config.json").read_text()) | changes
+        (path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "gone"}))
+
+    return damage
+
+
+def _edit_weights(change):
+    def damage(path):
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(path / "model.safetensors")
+        change(weights)
+        save_file(weights, path / "model.safetensors")
+
+    return damage
+
+
+def _cut(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+_NORM = "model.layers.1.input_layernorm.weight"
+DAMAGE = {
+    "another architecture": (_edit_config(model_type="qwen2"), 'model_type "qwen2"'),
+    "biases": (_edit_config(attention_bias=True), "attention_bias"),
+    "another rotary embedding": (_edit_config(rope_scaling={"rope_type": "yarn"}), "yarn.*llama3"),
+    "a field is missing": (_edit_config(num_hidden_layers="gone"), "num_hidden_layers"),
+    "another width": (_edit_config(intermediate_size=50), r"\(32, 48\).*\(32, 50\)"),
+    "heads do not divide": (_edit_config(num_key_value_heads=3), "num_kv_heads 3"),
+    "one layer more than weights": (_edit_config(num_hidden_layers=3), "lacks 9 of 29"),
+    "one layer less": (_edit_config(num_hidden_layers=1), "does not have"),
+    "a tensor is missing": (_edit_weights(lambda w: w.pop(_NORM)), f"lacks 1 of 20 tensors, {_NORM}"),
+    "an unknown tensor": (_edit_weights(lambda w: w.update({"x": torch.ones(1)})), "tensor x"),
+    "a file is cut off": (_cut, "cut off"),
+    "config.json is no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"),
+    "config.json is missing": (lambda path: (path / "config.json").unlink(), "config.json not found"),
+    "the weights are missing": (lambda path: (path / "model.safetensors").unlink(), "lacks 20 of 20"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_checkpoints(what, tmp_path):
+    damage, message = DAMAGE[what]
+    random_llama().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        Llama.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,601 @@
+"""rl.py: the gradient is the policy gradient, however the batch is cut; variants do what their formulas say; a bandit
+is learned; a run that is killed goes on as if it had not been."""
+
+import collections
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # this file is also a program: see its end
+
+import midtrain  # noqa: E402
+import rl  # noqa: E402
+from data import prompts, synth, tokenizer  # noqa: E402
+from model import Llama, LlamaConfig  # noqa: E402
+from sample import Sampler  # noqa: E402
+
+ALONE = midtrain.World()
+MICRO = LlamaConfig(32, 1, 16, 2, 1, 8, 32, rope_theta=10_000.0, max_position=64)
+
+
+def settings(**changes):
+    """What the update and the rollout read of the command line."""
+    args = {
+        "prompts_per_step": 4, "rollouts": 2, "updates": 1, "filter": "none", "overlong": "keep", "loss_agg": "token",
+        "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "is_cap": 0.0, "kl_coef": 0.0, "kl": "k3",
+        "temperature": 1.0, "advantage": "group", "row_tokens": 24, "micro_tokens": 48, "seed": 0, "stop": (),
+    }  # fmt: skip
+    return SimpleNamespace(**(args | changes))
+
+
+def gradient(loss, parameter):
+    return torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, -1, -1, -1], [1.0, 1, -1, -1]])
+    std = torch.tensor([1.0, 2 / math.sqrt(3)])  # ddof 1: sqrt((2.25 + 3 * 0.25) / 3), sqrt(4 / 3)
+    centred = torch.tensor([[1.5, -0.5, -0.5, -0.5], [1.0, 1, -1, -1]])
+    torch.testing.assert_close(rl.advantages(rewards), centred / (std[:, None] + 1e-6))
+    torch.testing.assert_close(rl.advantages(rewards, "mean"), centred)
+    others = (rewards.sum(1, keepdim=True) - rewards) / 3
+    torch.testing.assert_close(rl.advantages(rewards, "rloo"), rewards - others)
+
+
+@pytest.mark.parametrize("kind", ["group", "mean", "rloo"])
+def test_advantages_at_the_edges(kind):
+    equal = torch.tensor([[0.1, 0.1, 0.1], [-1.0, -1, -1], [1e6, 1e6, 1e6], [1 / 3, 1 / 3, 1 / 3]])
+    assert rl.advantages(equal, kind).eq(0).all() and not rl.has_signal(equal).any()
+    assert rl.advantages(torch.tensor([[5.0]]), kind).eq(0).all(), "a group of one has nothing to compare with"
+    unscored = torch.tensor([[1.0, -1, float("nan"), -1]])
+    assert rl.advantages(unscored, kind)[0, 2] == 0
+    torch.testing.assert_close(rl.advantages(unscored, kind)[:, [0, 1, 3]], rl.advantages(unscored[:, [0, 1, 3]], kind))
+    assert rl.advantages(torch.full((1, 3), float("nan")), kind).eq(0).all()
+    large = rl.advantages(torch.tensor([[1e6, 1e6 + 2]]), kind)
+    torch.testing.assert_close(large, rl.advantages(torch.tensor([[0.0, 2]]), kind))
+
+
+def test_unknown_variants_are_named():
+    x = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="valid: group, mean, rloo"):
+        rl.advantages(x, "std")
+    with pytest.raises(ValueError, match="valid: token, sequence, constant"):
+        rl.grpo_loss(x, x, x[0], x + 1, loss_agg="mean")
+    assert rl.grpo_loss(x, x, x[0], x + 1, loss_agg="constant")[0].isnan(), "the length cap is not there to be guessed"
+    with pytest.raises(ValueError, match="valid: k1, k2, k3"):
+        rl.kl_estimate(x, x, "k4")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss: is its gradient the policy gradient?
+
+
+def enumerate_policy(seed):
+    """A policy over the 125 sequences of 3 tokens of 5 → (its logits by prefix, logp (125, 3), the sequences)."""
+    torch.manual_seed(seed)
+    tables = [torch.randn(*[5] * t, dtype=torch.float64, requires_grad=True) for t in (1, 2, 3)]
+    y = torch.tensor(list(itertools.product(range(5), repeat=3)))
+    rows = (tables[0].log_softmax(-1)[y[:, 0]], tables[1].log_softmax(-1)[y[:, 0], y[:, 1]])
+    return tables, torch.stack((*rows, tables[2].log_softmax(-1)[y[:, 0], y[:, 1], y[:, 2]]), 1), y
+
+
+def test_gradient_is_the_policy_gradient():
+    """All sequences as one group, each as often as it is likely: the surrogate's gradient is that of E[reward]."""
+    tables, logp, y = enumerate_policy(0)
+    reward = torch.where(y.sum(1) % 3 == 0, 1.0, -1.0).double()
+    p = logp.sum(1).exp()
+    exact = torch.autograd.grad((p * reward).sum(), tables, retain_graph=True)
+    p = p.detach()
+    A = reward - (p * reward).sum()  # mean only
+    length = 1 + y[:, 0] % 3  # for the biased variant below: lengths that differ
+    mask = torch.ones_like(logp)
+
+    def surrogate(A, mask, **how):  # the weight p stands for how often a sequence is drawn: it multiplies its advantage
+        loss, _ = rl.grpo_loss(logp, logp.detach(), p * A, mask, **how)
+        return torch.autograd.grad(-loss, tables, retain_graph=True)
+
+    for ours, truth in zip(surrogate(A, mask, loss_agg="constant", denominator=1.0), exact):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-13)
+    biased = surrogate(A, (torch.arange(3) < length[:, None]).double(), loss_agg="sequence", denominator=1.0)
+    assert not torch.allclose(biased[0], exact[0], rtol=1e-2), "1/|o| is not the gradient of the expected reward"
+    std = (p * A.square()).sum().sqrt()
+    assert not torch.allclose(surrogate(A / std, mask, loss_agg="constant", denominator=1.0)[0], exact[0], rtol=1e-3)
+
+
+def test_gradient_at_and_off_the_policy():
+    old = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], dtype=torch.float64)
+    mask, A = torch.ones_like(old), torch.tensor([2.0, -1.5], dtype=torch.float64)
+    for how in ({}, {"dual_clip": 3.0}, {"clip_high": 0.28}, {"is_cap": 2.0, "sampler_logp": old}):
+        logp = old.clone().requires_grad_()
+        grad = gradient(rl.grpo_loss(logp, old, A, mask, denominator=1.0, **how)[0], logp)
+        torch.testing.assert_close(grad, -A[:, None].expand(2, 2), msg=f"on the policy: -A, with {how}")
+
+    def off(ratio, a, **how):
+        logp = (torch.zeros(1, 1, dtype=torch.float64) + math.log(ratio)).requires_grad_()
+        loss, sums = rl.grpo_loss(logp, torch.zeros_like(logp), torch.tensor([a]), torch.ones(1, 1), **how)
+        return loss.item(), gradient(loss, logp).item(), sums
+
+    assert off(1.3, 1.0)[1] == 0 and off(1.3, 1.0)[2]["clip_high"] == 1
+    assert off(0.7, -1.0)[1] == 0 and off(0.7, -1.0)[2]["clip_low"] == 1
+    assert off(1.25, 1.0)[1] == 0 and off(1.25, 1.0, clip_high=0.28)[1] == pytest.approx(-1.25)
+    assert off(0.7, 1.0)[1] == pytest.approx(-0.7), "a good token that has become rarer still gets its gradient"
+    assert off(5.0, -1.5)[:2] == pytest.approx((7.5, 7.5)) and off(5.0, -1.5, dual_clip=3.0)[:2] == (4.5, 0)
+    weighted = off(1.0, 1.0, is_cap=2.0, sampler_logp=torch.full((1, 1), -math.log(1.5)))
+    assert weighted[1] == pytest.approx(-1.5), "pi_old / mu = 1.5"
+    assert off(1.0, 1.0, is_cap=2.0, sampler_logp=torch.full((1, 1), -5.0))[1] == -2.0, "truncated at the cap"
+
+
+def test_golden_table():
+    """Two groups of three, lengths 1, 4, 7: on the policy the loss is -sum of A over tokens, by each aggregation."""
+    lengths = torch.tensor([1, 4, 7, 7, 4, 1])
+    mask = (torch.arange(7) < lengths[:, None]).double()
+    A = torch.tensor([3.0, -1, -2, 1, 1, -2], dtype=torch.float64)
+    logp = torch.full((6, 7), -1.0, dtype=torch.float64, requires_grad=True)
+
+    def run(rows=slice(None), width=7, **how):
+        pad = (0, width - 7)
+        lp, m = torch.nn.functional.pad(logp, pad)[rows], torch.nn.functional.pad(mask, pad)[rows]
+        return rl.grpo_loss(lp, lp.detach(), A[rows], m, **how)[0]
+
+    expected = {"token": -(3 - 4 - 14 + 7 + 4 - 2) / 24, "sequence": 0.0, "constant": 6 / (6 * 10)}
+    totals = {"token": 24, "sequence": 6, "constant": 6 * 10}
+    for agg, value in expected.items():
+        how = {"loss_agg": agg, "denominator": totals[agg]}
+        assert run(**how).item() == pytest.approx(value, abs=1e-12)
+        if agg != "constant":
+            assert run(loss_agg=agg).item() == pytest.approx(value, abs=1e-12), "by default this is the whole batch"
+        whole = gradient(run(**how), logp)
+        for size in (1, 2, 3):
+            parts = sum(gradient(run(slice(i, i + size), **how), logp) for i in range(0, 6, size))
+            torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient(run([5, 3, 1, 0, 2, 4], width=11, **how), logp), whole, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kl_estimates(seed):
+    """Over all sequences k1 and k3 have the KL's value, k2 its gradient, k1 none; a step down reduces the KL."""
+    tables, logp, _ = enumerate_policy(seed)
+    ref = enumerate_policy(seed + 10)[1].sum(1).detach()
+    whole = logp.sum(1)  # each sequence as one token: log p(y)
+    p = whole.exp()
+    exact = (p * (whole - ref)).sum()
+    truth = torch.autograd.grad(exact, tables, retain_graph=True)
+    weight = p.detach()
+    value = {k: (weight * rl.kl_estimate(whole, ref, k)).sum() for k in ("k1", "k2", "k3")}
+    assert value["k1"].item() == pytest.approx(exact.item()) and value["k3"].item() == pytest.approx(exact.item())
+    grads = {k: torch.autograd.grad(v, tables, retain_graph=True) for k, v in value.items()}
+    torch.testing.assert_close(grads["k2"], truth)
+    assert all(g.abs().max() < 1e-12 for g in grads["k1"])
+
+    zero = torch.zeros(len(whole), dtype=torch.float64)
+    column, ref_column = whole[:, None], ref[:, None]
+    loss, _ = rl.grpo_loss(
+        column, column.detach(), zero, weight[:, None], denominator=1.0, kl_coef=1.0, kl="k2", ref_logp=ref_column
+    )
+    step = torch.autograd.grad(loss, tables)
+    with torch.no_grad():
+        for table, g in zip(tables, step):
+            table -= 0.05 * g
+    moved = [t.log_softmax(-1) for t in tables]
+    y = torch.tensor(list(itertools.product(range(5), repeat=3)))
+    after = moved[0][y[:, 0]] + moved[1][y[:, 0], y[:, 1]] + moved[2][y[:, 0], y[:, 1], y[:, 2]]
+    assert (after.exp() * (after - ref)).sum() < exact
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update: a packed batch on a model, in any number of pieces
+
+
+def some_samples(groups=4, seed=0, signal=lambda g: True):
+    """Two answers to each problem, of lengths 1 to 12, behind prompts of 1 to 6 tokens."""
+    rng = random.Random(seed)
+    samples = []
+    for g in range(groups):
+        prompt = [rng.randrange(32) for _ in range(rng.randint(1, 6))]
+        for sign in (1.0, -1.0):
+            tokens = [rng.randrange(32) for _ in range(rng.randint(1, 12))]
+            advantage, reward = (sign * (g + 1), sign) if signal(g) else (0.0, -1.0)
+            logprobs = [-3.0] * len(tokens)
+            samples.append(rl.Sample(g, prompt, tokens, logprobs, "", True, reward, advantage, signal(g)))
+    return samples
+
+
+def change(samples, args, world=ALONE, model=None):
+    """(metrics, the change of all weights) of rl.update with plain gradient descent."""
+    model = model or micro_model()
+    before = whole_weights(model)
+    metrics = rl.update(model, None, torch.optim.SGD(model.parameters(), lr=1.0), samples, 10, args, world)
+    after = whole_weights(model)
+    return metrics, torch.cat([(after[k] - before[k]).flatten() for k in before])
+
+
+def micro_model(seed=0, config=MICRO):
+    return Llama(config).init_weights(seed)
+
+
+def whole_weights(model):
+    sharded = torch.distributed.is_initialized()
+    return {k: (p.full_tensor() if sharded else p).detach().clone() for k, p in model.named_parameters()}
+
+
+def test_equals_supervised_learning():
+    """With advantage 1 the gradient is that of cross-entropy on the same tokens, each sequence computed by itself."""
+    samples = [replace(s, advantage=1.0) for s in some_samples()]
+    args, model = settings(loss_agg="constant"), micro_model()
+    _, ours = change(samples, args)
+    for s in samples:
+        ids = torch.tensor([s.prompt + s.tokens])
+        targets = torch.tensor([[-1] * (len(s.prompt) - 1) + s.tokens])
+        (model(ids[:, :-1], targets).sum() / (len(samples) * 10)).backward()
+    oracle = torch.cat([-p.grad.flatten() for p in model.parameters()])
+    oracle *= min(1.0, 1.0 / oracle.norm().item())
+    torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("agg", ["token", "sequence", "constant"])
+def test_micro_batches_do_not_matter(agg):
+    whole = change(some_samples(), settings(loss_agg=agg, row_tokens=200, micro_tokens=200))[1]
+    assert whole.abs().max() > 1e-4
+    for row_tokens, micro_tokens in ((1, 1), (24, 24), (40, 80)):
+        args = settings(loss_agg=agg, row_tokens=row_tokens, micro_tokens=micro_tokens)
+        torch.testing.assert_close(change(some_samples(), args)[1], whole, rtol=1e-4, atol=1e-7)
+
+
+def test_denominators_count_what_is_documented():
+    """Groups without signal count unless dropped; truncated answers count unless masked. Both have gradient 0."""
+    samples = [replace(s, advantage=0.1 * s.advantage) for s in some_samples(signal=lambda g: g != 2)]  # below the clip
+    samples[0].stopped = False
+    n = sum(len(s.tokens) for s in samples)
+    silent = sum(len(s.tokens) for s in samples if not s.signal)
+    norm = change(samples, settings())[0]["grad_norm"]
+    metrics = change(samples, settings(filter="drop"))[0]
+    assert metrics["grad_norm"] / norm == pytest.approx(n / (n - silent), rel=1e-5)
+    assert metrics["trained_tokens"] == n - silent == change(samples, settings())[0]["trained_tokens"]
+    masked = change(samples, settings(overlong="mask"))
+    torch.testing.assert_close(masked[1], change(samples[1:], settings())[1])
+    assert masked[0]["trained_tokens"] == n - silent - len(samples[0].tokens)
+
+
+def test_no_signal_leaves_the_weights():
+    metrics, delta = change(some_samples(signal=lambda g: False), settings())
+    assert delta.eq(0).all() and metrics["trained_tokens"] == 0 and metrics["grad_norm"] is None
+
+
+def test_several_updates():
+    """The problems are split evenly; old log-probabilities are those of before the first step, to the bit."""
+    args, samples, model = settings(updates=2), some_samples(), micro_model()
+    parts = [(part, rl.micro_batches(part, args, ALONE)) for part in (samples[:4], samples[4:])]
+    for b in (b for _, group in parts for b in group):
+        with torch.no_grad():
+            b.old_logp = rl.log_probs(model, b, 1.0)
+        assert torch.equal(b.old_logp, rl.log_probs(model, b, 1.0).detach()), "with and without a gradient"
+    optimizer, sums = torch.optim.SGD(model.parameters(), lr=1.0), collections.defaultdict(float)
+    for part, group in parts:
+        for b in group:
+            rl.backward(model, b, sum(len(s.tokens) for s in part), sums, args, ALONE)
+        rl.optimizer_step(model, optimizer)
+    other = micro_model()
+    metrics, _ = change(samples, args, model=other)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+    assert metrics["clip_low"] + metrics["clip_high"] > 0, "in the second step the ratio is no longer 1"
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    model = micro_model()
+    before = whole_weights(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    assert math.isnan(rl.optimizer_step(model, torch.optim.SGD(model.parameters(), lr=1.0)))
+    assert all(torch.equal(v, before[k]) for k, v in whole_weights(model).items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+CASES = {  # which rank has which of the samples
+    "spread": (lambda s: s.group % 2, lambda g: True),
+    "a rank without rows": (lambda s: 0, lambda g: True),
+    "a rank without signal": (lambda s: s.group % 2, lambda g: g % 2 == 0),
+}
+
+
+def test_two_ranks_give_the_gradient_of_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, "ranks", str(tmp_path / "ranks.pt")],
+            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+        )
+        for r in (0, 1)
+    ]  # fmt: skip
+    assert [p.wait(120) for p in ranks] == [0, 0]
+    found = torch.load(tmp_path / "ranks.pt")
+    for case, (_, has) in CASES.items():
+        alone = change(some_samples(signal=has), settings())[1]
+        torch.testing.assert_close(found[case], alone, rtol=1e-4, atol=1e-6, msg=case)
+
+
+def ranks_program(path):
+    world = midtrain.setup(1)
+    found = {}
+    for case, (where, has) in CASES.items():
+        model = midtrain.shard(micro_model(), world, torch.float32)
+        mine = [s for s in some_samples(signal=has) if where(s) == world.rank]
+        found[case] = change(mine, settings(), world, model)[1]
+    if world.rank == 0:
+        torch.save(found, path)
+    torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_and_trainer_agree(temperature):
+    model, rng = micro_model(), random.Random(0)
+    for p in model.parameters():
+        p.data *= 3.0  # far from uniform
+    asked = [{"tokens": [rng.randrange(32) for _ in range(rng.randint(1, 9))], "answer": "1"} for _ in range(6)]
+    args = settings(stop=(5, 6))
+    samples = rl.answer(Sampler(model, None, slots=5), asked, 4, 20, temperature, 0, args, ALONE)
+    assert {s.stopped for s in samples} == {True, False} and all(s.tokens[-1] in (5, 6) for s in samples if s.stopped)
+    for b in rl.micro_batches(samples, args, ALONE):
+        gap = (rl.log_probs(model, b, temperature) - b.sampler_logp) * b.mask
+        assert gap.abs().max() <= 1e-4 and b.mask.sum() == (b.targets >= 0).sum()
+
+
+def test_prompt_order():
+    def steps(n, per_step, seed=0):
+        return [rl.prompt_order(n, per_step, step, seed) for step in range(30)]
+
+    for n, per_step in ((10, 4), (3, 7), (12, 4)):
+        flat = [i for step in steps(n, per_step) for i in step]
+        epochs = [flat[i : i + n] for i in range(0, len(flat) - n + 1, n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert steps(10, 4) == steps(10, 4) != steps(10, 4, seed=1)
+    assert rl.prompt_order(10, 10, 0, 0) != rl.prompt_order(10, 10, 1, 0)
+
+
+def test_stair():
+    stairs = rl.parse_schedule("0:2048,200:4096,320:8192")
+    caps = [rl.length_cap(stairs, step) for step in (0, 199, 200, 319, 320, 9999)]
+    assert caps == [2048, 2048, 4096, 4096, 8192, 8192]
+    for wrong in ("", "2048", "5:10", "0:x", "0:0"):
+        with pytest.raises(ValueError, match="no length schedule"):
+            rl.parse_schedule(wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def bandit(twist, steps=80):
+    """Prompt token i is rewarded for the answer (i + 7) % 32: mean probability of the right answers after training."""
+    model, contexts = micro_model(), [[i] for i in range(4)]
+    sampler, optimizer = Sampler(model, None, slots=64), midtrain.make_optimizer(model, 0.02, weight_decay=0.0)
+    generator, args = torch.Generator().manual_seed(0), settings(prompts_per_step=4, micro_tokens=4096, row_tokens=64)
+    right = torch.tensor([[(i + 7) % 32] for i in range(4)])
+    for step in range(steps):
+        ids = [4 * step + i for i in range(4)]
+        answers = sampler.generate(contexts, n=16, max_new_tokens=1, stop=(), request_ids=ids)
+        tokens = torch.tensor([[c.tokens[0] for c in group] for group in answers])  # (P, G)
+        rewards = torch.where(tokens == right, 1.0, -1.0)
+        A, signal = twist(rl.advantages(rewards), generator), rl.has_signal(rewards)
+        samples = [
+            rl.Sample(i, contexts[i], c.tokens, c.logprobs, "", True, r.item(), a.item(), signal[i].item())
+            for i, group in enumerate(answers)
+            for c, r, a in zip(group, rewards[i], A[i])
+        ]
+        rl.update(model, None, optimizer, samples, 1, args, ALONE)
+    with torch.no_grad():
+        return model(torch.tensor(contexts))[:, -1].softmax(-1).gather(1, right).mean().item()
+
+
+def test_a_bandit_is_learned():
+    assert bandit(lambda A, _: A, steps=0) < 0.1, "the first weights know nothing: 1 / 32, give or take"
+    assert bandit(lambda A, _: A) > 0.99
+    assert bandit(lambda A, _: -A) < 0.01, "the wrong sign unlearns"
+    assert bandit(lambda A, g: A.flatten()[torch.randperm(A.numel(), generator=g)].view_as(A)) < 0.3, "shuffled"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program: kill it at any moment, start it again
+
+
+def odd_reward(response, gold):
+    return 1.0 if len(response) % 2 else -1.0  # something that a random model gets right and wrong
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("start") / "micro")
+    rows = synth.problems("train", 200)
+    words = tokenizer.train([prompts.simple(row["problem"]) for row in rows], 300)
+    Llama(replace(MICRO, vocab_size=words.vocab_size)).init_weights(0).save_pretrained(path)
+    words.save(path)
+    return path
+
+
+def command(checkpoint, out, *more):
+    return [
+        "rl.py", "--ckpt", checkpoint, "--out", str(out), "--steps", "6", "--prompts-per-step", "4", "--rollouts", "4",
+        "--length-schedule", "0:8,3:12", "--eval-problems", "12", "--eval-subset", "8", "--eval-every", "2",
+        "--save-every", "2", "--dtype", "fp32", "--lr", "1e-2", "--threads", "1", "--updates", "2", *more,
+    ]  # fmt: skip
+
+
+def run(monkeypatch, argv, reward=odd_reward):
+    monkeypatch.setattr(rl.verify, "reward", reward)
+    monkeypatch.setattr(sys, "argv", argv)
+    rl.main()
+
+
+def outcome(out):
+    """All that must be equal: weights, rollouts, metrics but times and rates."""
+    folder = Path(out) / "rl-micro"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timed = ("time_", "share_", "rollout_tokens_per_s", "update_tokens_per_s")
+    rows = [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
+    texts = {f.name: f.read_text() for f in sorted((folder / "rollouts").iterdir())}
+    return (folder / "checkpoints/step_000006/model.safetensors").read_bytes(), rows, texts
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(checkpoint, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, command(checkpoint, out))
+    return outcome(out)
+
+
+def test_a_run(checkpoint, uninterrupted):
+    weights, rows, texts = uninterrupted
+    assert weights != (Path(checkpoint) / "model.safetensors").read_bytes()
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["cap"] for row in rows[1:]] == [8] * 3 + [12] * 3
+    assert [row["step"] for row in rows if "eval_n" in row] == [0, 2, 4, 6]
+    assert [row["eval_n"] for row in rows if "eval_n" in row] == [12, 8, 8, 12]
+    assert all(row["gap_max"] <= 1e-4 for row in rows[1:]), "fp32"
+    assert len(texts) == 6 and all(len(text.splitlines()) == 16 for text in texts.values())
+    row = json.loads(texts["step_000001.jsonl"].splitlines()[0])
+    assert row.keys() == {"problem", "gold", "response", "reward", "tokens", "finish"}
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("where", ["rollout", "evaluation", "save"])
+def test_resume_after_a_crash(where, checkpoint, uninterrupted, tmp_path, monkeypatch):
+    """In the middle of step 4's rollout; of the evaluation after step 4; of the second save."""
+    calls = itertools.count(1)
+    limit = {"rollout": 12 + 2 * 16 + 8 + 16 + 7, "evaluation": 12 + 2 * 16 + 8 + 2 * 16 + 3, "save": None}[where]
+
+    def reward(response, gold):
+        if next(calls) == limit:
+            raise Crash
+        return odd_reward(response, gold)
+
+    with monkeypatch.context() as patch:
+        if where == "save":
+            replace_folder, saves = os.rename, itertools.count(1)
+
+            def rename(a, b):
+                if next(saves) == 2:
+                    raise Crash
+                replace_folder(a, b)
+
+            patch.setattr(os, "rename", rename)
+        with pytest.raises(Crash):
+            run(patch, command(checkpoint, tmp_path), reward)
+    run(monkeypatch, command(checkpoint, tmp_path))
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monkeypatch, capsys):
+    def reward(response, gold, calls=itertools.count(1)):  # noqa: B008
+        if next(calls) == 20:  # in the first step's rollout
+            os.kill(os.getpid(), signal.SIGINT)
+        return odd_reward(response, gold)
+
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, command(checkpoint, tmp_path), reward)
+    assert stop.value.code == 130 and "stopped after step 1" in capsys.readouterr().out
+    program = [sys.executable, __file__, "run", *command(checkpoint, tmp_path)]
+    process = subprocess.Popen(program, stdout=subprocess.PIPE)
+    while b"step 3/6" not in (line := process.stdout.readline()):
+        assert line, "the run ended before step 3"
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    time.sleep(0.1)
+    run(monkeypatch, command(checkpoint, tmp_path))
+    assert outcome(tmp_path) == uninterrupted
+
+
+def test_report(checkpoint, tmp_path, monkeypatch, capsys):
+    for name, after, last in (("long", 0.5, 5), ("base", 0.1, 5), ("short", 0.9, 3)):  # short was interrupted
+        folder = tmp_path / f"rl-{name}"
+        folder.mkdir()
+        ends = ((0, 0.1), (last, after))
+        rows = [{"step": s, "steps": 5, "eval_n": 100, "eval_accuracy": a, "eval_length": 50 + s} for s, a in ends]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--report", "--out", str(tmp_path)])
+    rl.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == str(tmp_path / "report.png") and Path(lines[-1]).read_bytes()[:4] == b"\x89PNG"
+    assert lines[2].startswith("| base | 10.0%") and "| +40.0 points | 50 | 55 | 5 |" in lines[3]
+    assert not any("short" in line for line in lines)
+    assert json.loads((tmp_path / "report.json").read_text())[1]["after_low"] == pytest.approx(0.4038, abs=1e-3)
+
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--report", "--out", f"{tmp_path},{tmp_path}"])
+    rl.main()  # over seeds
+    assert "| long | 10.0% (10.0% to 10.0%) | 50.0% (50.0% to 50.0%) | +40.0 points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "Give one of --branch"),
+        (["--branch", "long"], "python midtrain.py --branch long"),
+        (["--ckpt", "{ckpt}", "--rollouts", "1"], "at least 2"),
+        (["--ckpt", "{ckpt}", "--temperature", "0"], "above 0"),
+        (["--ckpt", "{ckpt}", "--clip-low", "-1"], "--clip-low -1.0 must not be negative"),
+        (["--ckpt", "{ckpt}", "--seed", "-1"], "--seed -1 must not be negative"),
+        (["--ckpt", "{ckpt}", "--threads", "0"], "--threads 0 must be at least 1"),
+        (["--ckpt", "{ckpt}", "--max-new-tokens", "0"], "0:0"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/one.jsonl"], "holds one problem"),
+        (["--ckpt", "{ckpt}", "--prompts-per-step", "3", "--updates", "2"], "does not split"),
+        (["--ckpt", "{ckpt}", "--length-schedule", "10:5"], "begin at 0"),
+        (["--ckpt", "{ckpt}", "--max-prompt", "2"], "no prompt is within --max-prompt 2"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/none.jsonl"], "none.jsonl"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/empty.jsonl"], "holds no problem"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/key.jsonl"], "key.jsonl:2:"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "text.jsonl:1: not JSON"),
+        (["--ckpt", "{tmp}/nowhere"], "nowhere"),
+        (["--report", "--out", "{tmp}/nowhere"], "no finished rl-"),
+    ],
+)
+def test_bad_input_is_one_clear_line(flags, says, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "key.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n{"problem": "1 + 2?"}\n')
+    (tmp_path / "text.jsonl").write_text("1 + 1 = 2\n")
+    (tmp_path / "one.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n')
+    argv = ["rl.py", "--out", str(tmp_path), *(f.format(ckpt=checkpoint, tmp=tmp_path) for f in flags)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises((ValueError, OSError)) as error:
+        rl.main()
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_settings_are_refused(checkpoint, tmp_path, monkeypatch):
+    run(monkeypatch, command(checkpoint, tmp_path, "--steps", "1"))
+    with pytest.raises(ValueError, match="other settings .lr 0.01 → 0.5"):
+        run(monkeypatch, command(checkpoint, tmp_path, "--lr", "0.5"))
+
+
+if __name__ == "__main__":  # what the tests above start as processes of their own
+    if sys.argv[1] == "ranks":
+        ranks_program(sys.argv[2])
+    else:
+        rl.verify.reward, sys.argv = odd_reward, sys.argv[2:]
+        rl.main()

@@ -1,0 +1,622 @@
+"""The sampler: what it samples, that nothing around a row changes it, when it stops, and what it costs."""
+
+import json
+import os
+import random
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sample
+from data import run_cli, tokenizer
+from model import Llama, LlamaConfig
+from sample import Completion, Policy, Sampler, Stop, inverse_cdf, stream_keys, truncate, uniforms, unsharded
+
+torch.set_num_threads(1)  # on matrices this small a second thread is only waited for
+
+CONFIG = LlamaConfig(61, 2, 32, 4, 2, 8, 48, rope_theta=100.0)
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [14] * 12, [15, 16, 17]]
+WORDS = "the cat sat on the mat, naïve 😀 User: hello End of it."
+
+
+def random_llama(config: LlamaConfig = CONFIG, seed: int = 0) -> Llama:
+    """Logits of a few units, so that a token's probability is neither 1 nor 1 / vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Llama(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(
+                torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5 * 1.5 if p.ndim > 1 else torch.ones(())
+            )
+    return model
+
+
+@pytest.fixture(scope="module")
+def words() -> tokenizer.Tokenizer:
+    return tokenizer.train([WORDS * 3], 280)
+
+
+class Script(nn.Module):
+    """A stand-in for a Llama that says what it is told: a prompt that begins with i is followed by answers[i], then 0s.
+
+    Which prompt a slot holds is read from the KV cache, so a slot that was filled wrongly says the wrong thing.
+    """
+
+    def __init__(self, answers: list[list[int]], vocab_size: int):
+        super().__init__()
+        self.config = LlamaConfig(vocab_size, 1, 4, 1, 1, 2, 4)
+        self.compute_dtype, self.embed, self.answers = torch.float32, nn.Embedding(1, 1), answers
+        self.shapes = []  # (B, T) of every forward
+
+    def hidden(self, tokens, cache):
+        B, T = tokens.shape
+        self.shapes.append((B, T))
+        positions = cache.lengths[:B, None] + torch.arange(T)
+        ids = torch.stack((tokens, torch.zeros_like(tokens)), -1)[:, :, None].float()  # (B, T, 1, 2)
+        cache.write(0, positions, ids, ids)
+        out = torch.zeros(B, T, 1)
+        for b in range(B):
+            seen = cache.k[0, b, 0, :, 0].long().tolist()
+            answer = self.answers[seen[0]]
+            for t in range(T):
+                said = int(positions[b, t]) - prompt_length(seen[0]) + 1  # tokens of the answer seen by position t
+                if said >= 0:
+                    if T == 1:  # in a prompt's forward, what comes after its last token is padding
+                        assert seen[prompt_length(seen[0]) :][:said] == (answer + [0] * said)[:said]
+                    out[b, t] = answer[said] if said < len(answer) else 0
+        return out
+
+    def logits(self, h):
+        return 50.0 * F.one_hot(h[..., 0].long(), self.config.vocab_size).float()
+
+
+def prompt_length(i: int) -> int:
+    return 2 + i % 5
+
+
+def say(answers: list[list[int]], words=None, slots=64, vocab_size=280, **options) -> tuple[list[Completion], Script]:
+    """Completions of prompts that have these answers, and the stand-in that gave them."""
+    model = Script(answers, vocab_size)
+    prompts = [[i] * prompt_length(i) for i in range(len(answers))]
+    options = {"max_new_tokens": 50} | options
+    return [group[0] for group in Sampler(model, words, slots).generate(prompts, **options)], model
+
+
+def tokens_of(results) -> list[list[list[int]]]:
+    return [[completion.tokens for completion in group] for group in results]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is sampled
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_greedy_is_the_argmax_of_the_full_forward(slots):
+    model = random_llama()
+    limits = [9, 1, 20, 13, 4, 17]
+    expected = []
+    for prompt, limit in zip(PROMPTS, limits):
+        row = list(prompt)
+        for _ in range(limit):
+            row.append(int(model(torch.tensor([row]))[0, -1].argmax()))
+        expected.append([row[len(prompt) :]] * 2)
+    order = [3, 0, 5, 2, 4, 1]
+    for run in (range(6), order):
+        results = Sampler(model, None, slots).generate(
+            [PROMPTS[i] for i in run], n=2, max_new_tokens=[limits[i] for i in run], temperature=0
+        )
+        assert tokens_of(results) == [expected[i] for i in run]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_log_probabilities_are_the_trainers(temperature):
+    """Against one training forward over prompt and completion; greedy ones are those of temperature 1."""
+    model = random_llama()
+    for dtype, mean, worst in ((torch.float32, 1e-6, 1e-5), (torch.bfloat16, 0.03, 0.5)):
+        model.compute_dtype = dtype
+        gaps = []
+        results = Sampler(model, None, 7).generate(PROMPTS, n=3, max_new_tokens=20, temperature=temperature)
+        for prompt, group in zip(PROMPTS, results):
+            for completion in group:
+                row = torch.tensor([prompt + completion.tokens])
+                logp = -model(row[:, :-1], row[:, 1:], temperature=temperature or 1.0)[0, len(prompt) - 1 :]
+                gaps.append((torch.tensor(completion.logprobs) - logp).abs())
+        gaps = torch.cat(gaps)
+        assert gaps.mean() < mean and gaps.max() < worst
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+
+
+def test_log_probabilities_after_truncation_are_of_what_was_kept():
+    model = random_llama()
+    completion = Sampler(model, None).generate([[1, 2]], max_new_tokens=15, temperature=0.8, top_k=5, top_p=0.9)[0][0]
+    logits = model(torch.tensor([[1, 2] + completion.tokens]))[0, 1:-1] / 0.8
+    probs = truncate(logits.softmax(-1), 0.9, 5, 0.0)
+    expected = probs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0].log()
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_draws_follow_the_softmax(temperature):
+    """Chi-squared of 200,000 draws, all words likely enough to be counted."""
+    logits = 1.5 * torch.randn(1, 50, generator=torch.Generator().manual_seed(3)).clamp(-2, 2)
+    keys = stream_keys(0, range(1000), 1).T  # (1, 1000)
+    u = torch.cat([uniforms(keys, torch.full_like(keys, t)) for t in range(200)], 1)
+    tokens, logps = Policy(temperature).draw(logits, u)
+    probs = (logits[0] / temperature).softmax(-1)
+    torch.testing.assert_close(logps[0].exp(), probs[tokens[0]])
+    expected = probs * u.shape[1]
+    chi2 = ((tokens[0].bincount(minlength=50) - expected) ** 2 / expected).sum()
+    assert 49 - 4 * 10 < chi2 < 49 + 5 * 10  # mean 49, standard deviation sqrt(2 * 49)
+
+
+def test_temperature_to_zero_and_min_p_of_one_are_greedy():
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(20, 8, generator=torch.Generator().manual_seed(1))
+    best = logits.argmax(-1, keepdim=True).expand(20, 8)
+    for policy in (Policy(0.0), Policy(1e-4), Policy(1e-30), Policy(min_p=1.0), Policy(top_k=1), Policy(top_p=0.0)):
+        assert torch.equal(policy.draw(logits, u)[0], best), policy
+
+
+def kept_by_definition(probs: list[float], top_p: float, top_k: int, min_p: float) -> set[int]:
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    keep = order
+    if top_k:
+        keep = [i for i in order if probs[i] >= probs[order[min(top_k, len(order)) - 1]]]
+    if top_p < 1:
+        mass, total, last = 0.0, sum(probs[i] for i in keep), keep[0]
+        for i in keep:
+            if mass >= top_p * total:
+                break
+            mass, last = mass + probs[i], i
+        keep = [i for i in keep if probs[i] >= probs[last]]
+    return {i for i in keep if probs[i] >= min_p * probs[order[0]]}
+
+
+def test_truncation_keeps_what_the_definitions_say():
+    """Powers of two: many ties, exact sums, so that there is one right answer even on the edges."""
+    rng = random.Random(0)
+    for _ in range(300):
+        weights = [2.0 ** -rng.randrange(1, 6) for _ in range(16)]
+        weights[rng.randrange(16)] = 0.0
+        rules = rng.choice([0.25, 0.5, 0.75, 1.0]), rng.choice([0, 1, 3, 8, 16, 99]), rng.choice([0.0, 0.25, 0.5, 1.0])
+        kept = truncate(torch.tensor([weights]), *rules)[0]
+        alive = {i for i in range(16) if kept[i] > 0}
+        assert alive == kept_by_definition(weights, *rules) - {i for i in range(16) if weights[i] == 0}, rules
+        assert abs(float(kept.sum()) - 1) < 1e-6
+
+
+def test_inverse_cdf_at_its_edges():
+    last = 1 - 2.0**-53  # the largest uniform
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    assert inverse_cdf(probs, torch.tensor([[0.0, 0.5 - 1e-9, 0.5, last]], dtype=torch.float64)).tolist() == [
+        [1, 3, 3, 3]
+    ]
+    for scale in (1 - 1e-3, 1 - 1e-7, 1 + 1e-7, 1e-30):  # rows that do not sum to 1
+        assert inverse_cdf(probs * scale, torch.tensor([[0.0, last]], dtype=torch.float64)).tolist() == [[1, 3]]
+    wide = torch.rand(3, 128_256, generator=torch.Generator().manual_seed(0)) ** 20
+    wide[:, -1000:] = wide[:, :1000] = 0
+    wide /= wide.sum(-1, keepdim=True)
+    u = torch.cat((torch.rand(3, 5000, dtype=torch.float64), torch.tensor([[0.0, last]] * 3)), 1)
+    assert wide.gather(1, inverse_cdf(wide, u)).min() > 0
+
+
+def test_logits_that_are_not_numbers_are_an_error():
+    model = random_llama()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        Sampler(model, None).generate([[1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers
+
+
+def test_uniforms_are_splitmix64s():
+    """The published generator's first outputs from state 0, and its arithmetic on signed numbers."""
+    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    got = uniforms(torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    assert got.tolist() == [(x >> 11) * 2.0**-53 for x in first]
+    for key in (-1, 2**63 - 1, -(2**63)):
+        assert 0 <= float(uniforms(torch.tensor([key]), torch.tensor([5]))) < 1
+
+
+def test_streams_differ_in_each_of_their_parts():
+    keys = {key for seed in range(12) for key in stream_keys(seed, range(-3, 40), 16).flatten().tolist()}
+    assert len(keys) == 12 * 43 * 16
+    keys = stream_keys(0, range(32), 32)
+    u = torch.stack([uniforms(keys, torch.full_like(keys, t)) for t in range(64)], -1)  # (request, sample, position)
+    assert abs(float(u.mean()) - 0.5) < 5 * (1 / 12 / u.numel()) ** 0.5
+    for shifted in (u.roll(1, 0), u.roll(1, 1), u.roll(1, 2)):
+        assert abs(float(torch.corrcoef(torch.stack((u.flatten(), shifted.flatten())))[0, 1])) < 5 / u.numel() ** 0.5
+
+
+def test_each_token_has_the_uniform_of_its_place():
+    """A model for which all words are equally likely turns its uniforms into tokens as they are."""
+    model = random_llama()
+    nn.init.zeros_(model.norm.weight)
+    results = Sampler(model, None, slots=3).generate([[1], [2, 3]], n=2, max_new_tokens=30, seed=4, request_ids=[8, 5])
+    keys = stream_keys(4, [8, 5], 2)
+    for group, streams in zip(results, keys):
+        for completion, key in zip(group, streams):
+            assert completion.tokens == (61 * uniforms(key, torch.arange(30))).long().tolist()
+
+
+def test_a_rollout_depends_on_nothing_around_it():
+    """Alone, among others, in other slots, in another order, after a refill, beside a longer group: the same tokens."""
+    model = random_llama()
+    rng = random.Random(0)
+    prompts = [[rng.randrange(61) for _ in range(rng.randrange(1, 14))] for _ in range(40)]
+    limits = [rng.randrange(1, 25) for _ in prompts]
+    everything = Sampler(model, None, slots=64).generate(prompts, n=2, max_new_tokens=limits, seed=7)
+    assert sorted({len(group[0].tokens) for group in everything}) == sorted(set(limits))
+    for slots, picked, n in ((5, range(40), 2), (3, range(39, -1, -3), 2), (1, [11], 1), (64, [11, 11, 4], 2)):
+        part = Sampler(model, None, slots).generate(
+            [prompts[i] for i in picked], n, [limits[i] for i in picked], seed=7, request_ids=list(picked)
+        )
+        for i, group in zip(picked, part):
+            for a, b in zip(group, everything[i]):
+                assert a.tokens == b.tokens
+                torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-5)
+
+
+def test_seeds_requests_and_samples_differ():
+    sampler = Sampler(random_llama(), None)
+    results = sampler.generate([[1, 2]] * 3, n=4, max_new_tokens=20)
+    assert len({tuple(c.tokens) for group in results for c in group}) == 12
+    assert tokens_of(results) == tokens_of(sampler.generate([[1, 2]] * 3, n=4, max_new_tokens=20))
+    assert tokens_of(results) != tokens_of(sampler.generate([[1, 2]] * 3, n=4, max_new_tokens=20, seed=1))
+    assert tokens_of(results[2:]) == tokens_of(sampler.generate([[1, 2]], n=4, max_new_tokens=20, request_ids=[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When it stops
+
+
+def test_stop_ids():
+    answers = [[9], [5, 9, 5], [5, 8], [5, 6, 7], [5, 6, 9]]
+    for slots in (1, 2, 64):
+        got, _ = say(answers, stop=(9, 8), slots=slots, max_new_tokens=3)
+        assert [c.tokens for c in got] == [[9], [5, 9], [5, 8], [5, 6, 7], [5, 6, 9]]
+        assert [c.finish_reason for c in got] == ["stop", "stop", "stop", "length", "stop"]
+        assert all(len(c.logprobs) == len(c.tokens) and c.text == "" for c in got)
+    got, _ = say(answers, stop=(), max_new_tokens=4)
+    assert [c.tokens for c in got] == [(a + [0] * 4)[:4] for a in answers]
+
+
+def test_the_tokenizers_stop_is_the_default(words):
+    eos = words.eos_id
+    answers = [words.encode("hello") + [eos, 5], [eos], words.encode("hello the cat")]
+    got, _ = say(answers, words, max_new_tokens=[9, 9, len(answers[2])])
+    assert [c.text for c in got] == ["hello", "", "hello the cat"]
+    assert [c.tokens[-1] for c in got] == [eos, eos, answers[2][-1]]
+    assert [c.finish_reason for c in got] == ["stop", "stop", "length"]
+    got, _ = say(answers[1:2], words, max_new_tokens=3, stop=())
+    assert got[0].tokens == [eos, 0, 0] and got[0].finish_reason == "length"
+
+
+def split_everywhere(words, text: str, rng: random.Random) -> list[int]:
+    """Some tokens of the text's bytes, cut where the tokenizer never would: a stop may fall anywhere."""
+    data, out = text.encode(), []
+    while data:
+        fits = [token for token, rank in words.ranks.items() if data.startswith(token)]
+        token = rng.choice(fits)
+        out.append(words.ranks[token])
+        data = data[len(token) :]
+    return out
+
+
+@pytest.mark.parametrize("stop", ["User:", "End", "😀", "ï", " the", "cat sat on the mat"])
+def test_stop_strings(stop, words):
+    """Over several tokens, inside one, at its start or end, in the middle of characters, after near misses."""
+    rng = random.Random(0)
+    texts = [
+        "Us U UserUser: hello",
+        "naïve: EnEnd of it",
+        "😀😁 sat the",
+        "",
+        "User: first",
+        "the cat sat on the mat, naïve",
+    ]
+    answers = [split_everywhere(words, text, rng) for text in texts * 3] + [words.encode(text) for text in texts]
+    got, _ = say(answers, words, stop=(stop, words.eos_id), max_new_tokens=[len(a) + 1 for a in answers], slots=4)
+    for text, answer, c in zip(texts * 4, answers, got):
+        if stop not in text:
+            assert (c.tokens, c.finish_reason) == (answer + [0], "length")  # 0 is what the stand-in says last
+            assert c.text == text + "\0"
+            continue
+        assert (c.text, c.finish_reason) == (text[: text.index(stop)], "stop")
+        assert c.tokens == answer[: len(c.tokens)]  # the sampled ids, not the text encoded again
+        assert stop.encode() in words.decode_bytes(c.tokens)
+        assert stop.encode() not in words.decode_bytes(c.tokens[:-1])
+
+
+def test_a_stop_at_the_limit_is_a_stop_and_a_cut_character_is_marked(words):
+    answer = words.encode("sat User:")
+    assert say([answer], words, max_new_tokens=len(answer), stop="User:")[0][0].finish_reason == "stop"
+    face = [words.ranks[bytes([b])] for b in "😀".encode()]
+    got, _ = say([face], words, max_new_tokens=2)
+    assert got[0].text == "\ufffd" and got[0].tokens == face[:2]
+
+
+def test_of_two_stop_strings_the_first_in_the_text_cuts(words):
+    stop = Stop(("mat", "cat sat on the mat"), words, words.vocab_size, "cpu")
+    assert stop.visible(words.encode("the cat sat on the mat")) == b"the "
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs, and what it reads
+
+
+@pytest.mark.parametrize("slots", [1, 4, 100])
+def test_each_prompt_is_computed_once_and_no_step_for_a_finished_row(slots, monkeypatch):
+    """Prescribed lengths, n = 3: every request returns once, in order, at the least possible cost."""
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 12)
+    rng = random.Random(slots)
+    answers = [[rng.randrange(1, 9) for _ in range(rng.randrange(12))] + [9] for _ in range(23)]
+    model = Script(answers, 30)
+    prompts = [[i] * prompt_length(i) for i in range(23)]
+    results = Sampler(model, None, slots).generate(prompts, n=3, stop=(9,))
+    assert tokens_of(results) == [[answer] * 3 for answer in answers]
+    prefills = [(B, T) for B, T in model.shapes if T > 1]
+    steps = [B for B, T in model.shapes if T == 1]
+    assert sum(B for B, _ in prefills) == 23 and all(B * T <= 12 for B, T in prefills)
+    work = 3 * sum(len(answer) - 1 for answer in answers)  # the first token comes with the prompt
+    assert sum(steps) == work  # a row a token: no padding, no finished rows, no refill delayed
+    assert len(steps) <= work / slots + max(map(len, answers))
+
+
+def test_a_shared_prompt_and_a_cache_that_grows_change_nothing(monkeypatch):
+    model = random_llama()
+    shared = Sampler(model, None).generate(PROMPTS, n=4, max_new_tokens=40)
+    alone = Sampler(model, None).generate(PROMPTS, n=1, max_new_tokens=40)
+    assert [group[:1] for group in tokens_of(shared)] == tokens_of(alone)
+    monkeypatch.setattr(sample, "CACHE_CHUNK", 1)
+    assert tokens_of(Sampler(model, None, slots=5).generate(PROMPTS, n=4, max_new_tokens=40)) == tokens_of(shared)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_next_rollout_has_the_updated_weights(dtype):
+    model = random_llama()
+    model.compute_dtype = dtype
+    sampler = Sampler(model, None)
+    before = sampler.generate(PROMPTS, max_new_tokens=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).mean().backward()
+    optimizer.step()  # in place, and possible at all: what was sampled with are no inference tensors
+    after = sampler.generate(PROMPTS, max_new_tokens=10)
+    fresh = random_llama(seed=1)
+    fresh.load_state_dict(model.state_dict())
+    fresh.compute_dtype = dtype
+    assert tokens_of(after) == tokens_of(Sampler(fresh, None).generate(PROMPTS, max_new_tokens=10)) != tokens_of(before)
+
+
+def test_the_weights_are_restored_when_a_rollout_fails():
+    model = random_llama()
+    model.compute_dtype = torch.bfloat16
+    storage = model.embed.weight.data_ptr()
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError):
+        Sampler(model, None).generate([[1]])
+    assert model.embed.weight.dtype == torch.float32 and model.embed.weight.data_ptr() == storage
+
+
+def test_max_len_ends_a_completion():
+    results = Sampler(random_llama(), None, max_len=14).generate(PROMPTS, max_new_tokens=8)
+    assert [len(group[0].tokens) for group in results] == [min(8, 14 - len(p)) for p in PROMPTS]
+
+
+def test_nothing_to_do():
+    assert Sampler(random_llama(), None).generate([]) == []
+
+
+BAD = {
+    "an empty prompt": ({"prompts": [[1], []]}, "prompt 1 is empty"),
+    "a prompt beyond max_len": ({"prompts": [[1] * 20]}, "prompt 0 has 20 tokens.*max_len 20"),
+    "an id beyond the vocabulary": ({"prompts": [[1, 61]]}, "the id 61.*0 to 60"),
+    "a negative id": ({"prompts": [[-1]]}, "the id -1"),
+    "limits of another number": ({"max_new_tokens": [3, 4]}, "max_new_tokens has 2 numbers for 1 prompts"),
+    "request ids of another number": ({"request_ids": [3, 4]}, "request_ids has 2"),
+    "no new tokens": ({"max_new_tokens": 0}, "at least 1"),
+    "no samples": ({"n": 0}, "at least 1"),
+    "a negative temperature": ({"temperature": -1}, "temperature=-1"),
+    "no temperature": ({"temperature": float("nan")}, "temperature=nan"),
+    "top-p above 1": ({"top_p": 1.5}, "top_p=1.5"),
+    "a negative top-k": ({"top_k": -1}, "top_k=-1"),
+    "min-p above 1": ({"min_p": 2}, "min_p=2"),
+    "a stop id beyond the vocabulary": ({"stop": (61,)}, "61"),
+    "a stop string without tokenizer": ({"stop": ("User:",)}, "need a tokenizer"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_requests(what):
+    options, message = BAD[what]
+    with pytest.raises(ValueError, match=message) as error:
+        Sampler(random_llama(), None, max_len=20).generate(**{"prompts": [[1]]} | options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_vocabulary(words):
+    with pytest.raises(ValueError, match="280 tokens, the model 61"):
+        Sampler(random_llama(), words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming, checkpoints, the command line
+
+
+def test_a_stream_is_the_text_in_whole_characters(words):
+    rng = random.Random(1)
+    text = "naïve 😀😁 UsUser the cat"
+    for _ in range(20):
+        answer = split_everywhere(words, text + "User: no more", rng)
+        sampler = Sampler(Script([answer], 280), words)
+        pieces = list(sampler.stream([0, 0], stop=("User:",)))
+        assert "".join(pieces) == text and len(pieces) > 3 and "" not in pieces
+    sampler = Sampler(random_llama(replace(CONFIG, vocab_size=280)), words)
+    for seed in range(5):  # bytes at random: what is no character is marked, as in generate()
+        text = "".join(sampler.stream([1, 2], seed=seed, temperature=2.0, stop=("e",)))
+        assert text == sampler.generate([[1, 2]], seed=seed, temperature=2.0, stop=("e",))[0][0].text
+
+
+@pytest.fixture(scope="module")
+def stage(words, tmp_path_factory):
+    """A stage's folder as training leaves it."""
+    stage = tmp_path_factory.mktemp("runs") / "long"
+    for step in (5, 10):
+        folder = stage / "checkpoints" / f"step_{step:06d}"
+        random_llama(replace(CONFIG, vocab_size=280), seed=step).save_pretrained(folder)
+        words.save(folder)
+    (stage / "config.json").write_text("{}")
+    (stage / "checkpoints" / "latest").write_text("step_000010\n")
+    return stage
+
+
+def test_find_checkpoint(stage, tmp_path):
+    newest = stage / "checkpoints" / "step_000010"
+    assert sample.find_checkpoint(str(stage)) == str(newest)
+    assert sample.find_checkpoint(str(stage / "checkpoints")) == str(newest)
+    older = str(stage / "checkpoints" / "step_000005")
+    assert sample.find_checkpoint(older) == older
+    model, words = sample.load(older)
+    assert words.vocab_size == model.config.vocab_size == 280 and not model.training
+    for bad, message in ((tmp_path / "no", "not a folder"), (tmp_path, "no checkpoint in")):
+        with pytest.raises(FileNotFoundError, match=message):
+            sample.find_checkpoint(str(bad))
+    (tmp_path / "latest").write_text("step_000099")
+    with pytest.raises(FileNotFoundError, match="names .*step_000099, which is no checkpoint"):
+        sample.find_checkpoint(str(tmp_path))
+
+
+def test_load_refuses_another_tokenizer_of_the_same_size(words, tmp_path):
+    random_llama(replace(CONFIG, vocab_size=280)).save_pretrained(tmp_path)
+    words.save(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": words.hash}))
+    assert sample.load(str(tmp_path))
+    swapped = dict(words.ranks)
+    swapped[b"a"], swapped[b"b"] = swapped[b"b"], swapped[b"a"]
+    tokenizer.Tokenizer(dict(sorted(swapped.items(), key=lambda item: item[1]))).save(tmp_path)
+    with pytest.raises(ValueError, match="not the one that this model was trained with"):
+        sample.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_not_numbers_are_noticed(temperature):
+    model = random_llama(CONFIG)
+    model.norm.weight.data[:] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        Sampler(model, None).generate([[1, 2]], max_new_tokens=3, temperature=temperature)
+
+
+def test_load_refuses_a_tokenizer_that_does_not_fit(stage, tmp_path):
+    Llama(CONFIG).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        sample.load(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes((stage / "checkpoints/step_000005/tokenizer.model").read_bytes())
+    with pytest.raises(ValueError, match="280 tokens, the model 61"):
+        Sampler(*sample.load(str(tmp_path)))
+
+
+def command(monkeypatch, *args: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        run_cli(sample.main)
+    return end.value.code
+
+
+def test_command_line(stage, words, monkeypatch, capsys):
+    options = ("--max-new-tokens", 12, "--seed", 3)
+    assert command(monkeypatch, "--ckpt", stage, "the cat", *options) == 0
+    completion = Sampler(*sample.load(str(stage))).generate([words.encode("the cat")], max_new_tokens=12, seed=3)[0][0]
+    assert capsys.readouterr().out == completion.text + "\n"
+    assert (
+        command(monkeypatch, "--ckpt", stage, "the cat", "--n", 3, "--template", "simple", "--top-k", 5, *options) == 0
+    )
+    assert capsys.readouterr().out.count("--- ") == 3
+    assert command(monkeypatch, "--ckpt", stage, "the cat", "--greedy", "--template", "complex", *options) == 0
+
+
+def test_conversation(stage, monkeypatch, capsys):
+    lines = iter(["the cat?", "the mat?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, ""))
+    assert command(monkeypatch, "--ckpt", stage, "--max-new-tokens", 5) == 0
+    assert "template simple" in capsys.readouterr().err
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert command(monkeypatch, "--ckpt", stage) == 130
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--ckpt", "no/such", "x"), "no/such is not a folder"),
+        (("x",), "--ckpt"),
+        (("--ckpt", "STAGE", ""), "prompt 0 is empty"),
+        (("--ckpt", "STAGE", "x", "--temperature", "-1"), "temperature=-1"),
+        (("--ckpt", "STAGE", "x", "--template", "chat"), "'none', 'simple', 'complex'"),
+        (("--ckpt", "STAGE", "x", "--topp", "1"), "valid flags: .*--top-p"),
+    ],
+)
+def test_command_line_errors(args, message, stage, monkeypatch, capsys):
+    assert command(monkeypatch, *(str(stage) if arg == "STAGE" else arg for arg in args)) == 2
+    captured = capsys.readouterr()
+    import re
+
+    assert captured.err.count("\n") == 1 and re.search(message, captured.err), captured.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FSDP2: two ranks on a CPU
+
+
+def fsdp_rank(rank: int, folder: str) -> None:
+    """Roll out, train a step, roll out again: first with prompts of unequal lengths on each rank, then all on one."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    model = random_llama()
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, cast_forward_inputs=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    results = []
+    for mine in (range(rank, len(PROMPTS), 2), [] if rank else range(len(PROMPTS))):
+        with unsharded(model):
+            limits = [5 + 7 * i for i in mine]
+            part = Sampler(model, None, slots=3).generate([PROMPTS[i] for i in mine], 2, limits, request_ids=list(mine))
+        local = sum(p.to_local().numel() for p in model.parameters())  # DTensors again, and half of them here
+        assert abs(2 * local / model.config.num_params() - 1) < 0.01  # 61 rows split unevenly
+        gathered = [None, None]
+        dist.all_gather_object(gathered, dict(zip(mine, tokens_of(part))))
+        results.append([tokens for _, tokens in sorted((gathered[0] | gathered[1]).items())])
+        optimizer.zero_grad()
+        model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).mean().backward()
+        optimizer.step()
+    if rank == 0:
+        with open(os.path.join(folder, "results.json"), "w") as f:
+            json.dump(results, f)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_fsdp_ranks_sample_what_one_process_samples(tmp_path):
+    torch.multiprocessing.spawn(fsdp_rank, (str(tmp_path),), nprocs=2)
+    model, expected = random_llama(), []
+    for _ in range(2):
+        results = Sampler(model, None).generate(PROMPTS, 2, [5 + 7 * i for i in range(len(PROMPTS))])
+        expected.append(tokens_of(results))
+        model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).mean().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.5 * p.grad
+    assert json.loads((tmp_path / "results.json").read_text()) == expected

@@ -1,0 +1,139 @@
+"""data/tokenizer.py: round trips of anything, files that reload equal, Llama 3's ids, digits, determinism, clear errors."""
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken import Encoding
+
+from data import tokenizer
+
+PUBLIC = Path(os.environ.get("OCTO_DATA", "nowhere"))
+LLAMA3 = PUBLIC / "tokenizer/tokenizer.model"
+needs_llama3 = pytest.mark.skipif(not LLAMA3.is_file(), reason="no Llama 3 tokenizer file (set OCTO_DATA)")
+
+TEXTS = [
+    "Ann had 48 clips. She sold half of them, so 48 / 2 = 24 clips are left.\n",
+    "So Ann has 24 clips. How many clips did Ann have? She had 24 + 24 = 48 clips, ½ of 96.\n\n",
+    "Überall äußern sich Möglichkeiten, überall äußern sich Zweifel. \\boxed{48} $x^2$ \\boxed{24}",
+] * 3
+TOK = tokenizer.train(TEXTS, 330)
+
+
+def public_reader(path: Path) -> Encoding:
+    """What any other program does with a tiktoken file."""
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    special = {name: len(ranks) + i for i, name in enumerate(tokenizer.SPECIAL_TOKENS)}
+    return Encoding("x", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+
+@given(st.text() | st.text("aAnclips 0123456789\n.½é'"))
+@settings(deadline=None)
+def test_text_round_trips(text):
+    ids = TOK.encode(text)
+    assert TOK.decode(ids) == text
+    assert TOK.encode_bytes(text.encode()) == ids
+
+
+@given(
+    st.binary() | st.lists(st.sampled_from([b"Ann ", b"\xff", b"\xc3", b"\xa9", b"\xed\xa0\x80", b"4"])).map(b"".join)
+)
+@settings(deadline=None)
+def test_any_bytes_round_trip(data):
+    assert TOK.decode_bytes(TOK.encode_bytes(data)) == data
+
+
+def test_a_million_spaces_do_not_overflow_the_regex():
+    text = " " * 1_200_000 + "x" * 500_000
+    assert TOK.decode(TOK.encode(text)) == text
+
+
+@given(st.integers(0, 10**30), st.sampled_from(["{}", "{} clips", "x{}", "\\boxed{{{}}}", "-{}.5", "24{}"]))
+@settings(deadline=None)
+def test_no_token_holds_more_than_three_digits_or_digits_and_letters(number, form):
+    text = form.format(number)
+    pieces = [TOK.decode([i]) for i in TOK.encode(text)]
+    assert "".join(pieces) == text
+    assert all(piece.isdigit() and len(piece) <= 3 for piece in pieces if any(c.isdigit() for c in piece)), pieces
+
+
+def test_a_frequent_number_is_one_token():
+    assert len(TOK.encode("48")) == len(TOK.encode("24")) == 1 and len(TOK.encode("71")) == 2
+
+
+def test_special_tokens_follow_the_ranks_and_are_never_parsed_from_text():
+    assert (TOK.vocab_size, TOK.eos_id, TOK.stop_ids) == (330, 329, (329,))
+    ids = TOK.encode("a<|end_of_text|>")
+    assert TOK.eos_id not in ids and TOK.decode(ids) == "a<|end_of_text|>"
+    assert TOK.decode([TOK.eos_id]) == "<|end_of_text|>"
+
+
+def test_training_is_deterministic_and_joins_what_is_frequent():
+    assert tokenizer.train(TEXTS, 330).hash == tokenizer.train(iter(reversed(TEXTS)), 330).hash == TOK.hash
+    assert len(TOK.encode(" clips")) == 1
+
+
+def test_training_is_greedy_bpe():
+    """Against the obvious algorithm, which counts everything again for each merge."""
+    text = "abab abcabc aaab aaaa bcbc cab cab ababab aaaaa"
+    words = [[bytes([b]) for b in word.encode()] for word in tokenizer.regex.findall(tokenizer.PATTERN, text)]
+    expected = []
+    while len(expected) < 8:
+        counts = tokenizer.Counter(a + b for word in words for a, b in tokenizer.pairwise(word))
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        expected.append(best)
+        words = [tokenizer._join(word, best) for word in words]
+    tok = tokenizer.train([text], 256 + len(expected) + 2)
+    assert list(tok.ranks)[256:] == expected
+    pieces = [tok.decode_bytes([i]) for i in tok.encode(text)]
+    assert pieces == [part for word in words for part in word], "tiktoken encodes as training joined"
+
+
+def test_training_ends_when_no_pair_occurs_twice():
+    assert list(tokenizer.train(["xy xy xy", "zzz"], 1000).ranks)[256:] == [b"xy", b" xy", b"zz"]
+
+
+def test_saved_file_is_tiktokens(tmp_path):
+    TOK.save(tmp_path)  # a folder: into tokenizer.model
+    path = tmp_path / "tokenizer.model"
+    again, other = tokenizer.load(tmp_path), public_reader(path)
+    assert again.hash == TOK.hash == hashlib.sha256(path.read_bytes()).hexdigest()
+    for text in TEXTS:
+        assert again.encode(text) == TOK.encode(text) == other.encode_ordinary(text)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at .*folder that holds tokenizer.model"):
+        tokenizer.load(tmp_path)
+    path = tmp_path / "t.model"
+    TOK.save(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in {3: b"?? 2\n", 7: b"QQ==\n", 9: b"QQ== 4\n", 70: b"QQ== 69\n", 20: b"\xff\xfe 19\n"}.items():
+        path.write_bytes(b"".join(lines[: number - 1] + [line] + lines[number:]))
+        with pytest.raises(ValueError, match=f"line {number}: not"):
+            tokenizer.load(path)
+    path.write_bytes(b"".join(lines[:200]))
+    with pytest.raises(ValueError, match="56 of the 256 single bytes have no token"):
+        tokenizer.load(path)
+    with pytest.raises(ValueError, match="too small"):
+        tokenizer.train(TEXTS, 200)
+
+
+@needs_llama3
+def test_llama3():
+    tok = tokenizer.load(LLAMA3)
+    assert (tok.vocab_size, tok.eos_id, tok.stop_ids) == (128_256, 128_001, (128_001, 128_008, 128_009))
+    assert tok.encode("Hello world") == [9906, 1917]
+    assert tok.encode("hello world!") == [15339, 1917, 0]
+    assert len(tok.encode("1234567")) == 3  # Llama has a token for each group of up to three digits
+    special = tok.encoding._special_tokens
+    assert len(special) == 256 and sorted(special.values()) == list(range(128_000, 128_256))
+    named = {"begin_of_text": 0, "reserved_special_token_1": 3, "finetune_right_pad_id": 4, "start_header_id": 6,
+             "end_header_id": 7, "eom_id": 8, "eot_id": 9, "python_tag": 10, "reserved_special_token_247": 255}  # fmt: skip
+    assert all(special[f"<|{name}|>"] == 128_000 + i for name, i in named.items())
+    assert tok.hash == hashlib.sha256(LLAMA3.read_bytes()).hexdigest()

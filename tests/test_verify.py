@@ -1,0 +1,341 @@
+"""verify.py: what is equal and what is not, which answer a response gives, hostile input, the command line."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import verify
+from verify import extract_answer, is_equivalent, reward, wilson
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("OCTO_DATA", "nowhere"))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Equivalence: (answer, gold), by convention
+
+EQUAL = [
+    ("1000.0", "1000"), (".4", "0.4"), ("1,234,567", "1234567"), (r"10{,}000", "10000"), (r"1\,000\,000", "10^6"),
+    ("0.00003", r"3\times10^{-5}"), ("4.4e7", "44000000"), ("１２", "12"), ("−5", "-5"), ("3×4", "12"),
+    (r"\frac12", "0.5"), (r"\dfrac{-3}{4}", r"-\frac34"), ("10/9", r"\frac{10}{9}"), ("½", r"\tfrac{1}{2}"),
+    (r"3\frac12", "7/2"), ("3 1/2", "3.5"), (r"-1\frac{1}{4}", "-1.25"), (r"12 \frac{3}{5}", r"\frac{63}{5}"),
+    (r"\sqrt{20}", r"2\sqrt5"), (r"\frac{1}{\sqrt3}", r"\frac{\sqrt{3}}{3}"), (r"2^{1/3}", r"\sqrt[3]{2}"),
+    (r"\sqrt{2+\sqrt3}", r"\frac{\sqrt6+\sqrt2}{2}"), (r"\sqrt[3]{-8}", "-2"), ("4.123105625617661", r"\sqrt{17}"),
+    (r"\ln\frac12", r"-\ln 2"), (r"\log_2 8", "3"), (r"\sin 30^\circ", r"\frac12"), (r"\cos\frac{\pi}{3}", "0.5"),
+    (r"\arctan 1", r"\frac\pi4"), ("e^{i\\pi}", "-1"), (r"\frac{1+i\sqrt3}{2}", r"\frac12+\frac{\sqrt3}{2}i"),
+    (r"\binom{2016}{8}", r"\frac{2016!}{8!\,2008!}"), (r"\lfloor 3.7\rfloor", "3"), ("|3+4i|", "5"), ("5!", "120"),
+    ("2+3x", "3x+2"), ("(x+1)^2", "x^2+2x+1"), ("a(b+c)", "ab+ac"), (r"2\sin x\cos x", r"\sin 2x"),
+    (r"\sqrt{1/n}", r"\frac{1}{\sqrt n}"), (r"\frac{n!}{(n-1)!}", "n"), ("\\tan x", r"\frac{\sin x}{\cos x}"),
+    (r"\left(-\infty, 3\right)", r"(-\infty,3)"), (r"[1,2]\cup[2,3]", "[1,3]"), (r"x\in[-2,7]", r"-2\le x\le7"),
+    ("x>2", r"(2,\infty)"), ("5 >= x", r"x\leq 5"), ("4>x>-1", "-1<x<4"), ("-x >= -1", "x <= 1"),
+    (r"x<1\text{ or }x>3", r"(-\infty,1)\cup(3,\infty)"), (r"\varnothing", r"\emptyset"),
+    ("5,3,2", "2, 3, 5"), (r"\{0,1,2\}", "0,1,2"), (r"\pm 3", "3,-3"), (r"1\pm\sqrt2", r"1-\sqrt2, 1+\sqrt2"),
+    (r"12\text{ and }13", "12,13"), (r"p=-1,p=\frac{15}{8}", r"p=-1\text{ and }p=\dfrac{15}{8}"),
+    ("(1,4.5)", r"(1,\frac92)"), ("1, 2", "(1,2)"), (r"x=2,\ y=3", "(2,3)"), ("x = 5", "5"), (r"\text{Area}=20", "20"),
+    ("f(x)=2x+1", "y=2x+1"), ("y=3x+13", "3x-y+13=0"), ("(y+2)^2+(x-1)^2=3^2", "(x-1)^2+(y+2)^2=9"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left[\begin{array}{c}1\\[4pt]\frac42\end{array}\right]"),
+    ("28%", r"28\%"), ("28", r"28\%"), ("0.28", r"28\%"), ("28 pct", r"28\%"), (r"20\%", "20"),
+    (r"\$18", "18"), ("$18", "18"), (r"5\text{ cm}", "5"), ("30 minutes", "30"), ("3s", "3"), ("60°", "60"),
+    (r"15\mbox{ cm}^2", r"15\text{ square centimeters}"), ("5 feet", r"5\text{ ft}"), ("11:21", "V_1:V_2=11:21"),
+    ("3:2", r"\frac32"), ("12:00", "12:00"), ("52_{8}", "52_8"),
+    ("Even", r"\text{even}"), (r"\text{(C)}", "C"), ("C) 12", "C"), (r"\text{B, A}", "A,B"),
+    ("4:30 p.m.", r"\text{4:30 PM}"),
+]  # fmt: skip
+
+DIFFERENT = [
+    ("0.333", "1/3"), ("3.14", r"\pi"), ("0.67", r"\frac23"), ("65537", "65536"), ("0.0009", "0.0001"), ("7", "-7"),
+    ("2^{100}+1", "2^{100}"), ("0", "e^{-10^9}"), (r"\frac{1}{2006!}", r"\frac{1}{2004!}"), ("10^{-20}", "10^{-21}"),
+    ("2005!", "2004!"),
+    (r"10^{20}+\sqrt2", r"10^{20}+\sqrt3"), (r"10^{20}\pi", r"10^{20}\pi+1"), ("2^{1}0", "2^{10}"), ("0x10", "16"),
+    ("2", r"2\sqrt3"), ("10", r"10\pi"), (r"\sqrt{35}", r"\sqrt3 5"), ("12", "1,2"), ("34+5", "3(4+5)"),
+    ("x^2", "2x"), ("x^2y", "x^{2y}"), ("y+1", "x+1"), ("x-y", "y-x"), (r"\sin^2 x", r"\sin 2x"), ("|x|", "x"),
+    (r"\sqrt{x}+1", r"\sqrt{x+1}"), (r"\frac{1}{1-x}", r"\frac{1}{x-1}"), ("X", "x"), (r"\sqrt{x^2}", "x"),
+    ("[1,2]", "[1,3]"), ("(1,2]", "(1,2)"), (r"[2,\infty)", "x>2"), ("-1<x", "-1<x<4"), (r"(\infty,2)", r"(2,\infty)"),
+    (r"(-\infty,1]\cup[2,\infty)", r"(-\infty,1)\cup(2,\infty)"), ("x<5", "x>5"), ("y>2", "x>2"),
+    (r"\{0\}", r"\emptyset"),
+    ("3,4", "3"), (r"3\text{ or }4", "3"), (r"\text{either }3\text{ or }5", "3"), (r"\pm5", "5"), ("5;6", "5"),
+    (r"x\geq3", "3"), ("x=2", "x^2=4"), ("x=-5", "x=5"), ("y=5", "x=5"), ("0", "a+3z=0"), ("y=2x+100", "y=2x+3"),
+    ("(3,-1)", "(-1,3)"), ("3,-1,0", "(3,-1)"), (r"\{1,2\}", "(1,2)"), ("(12,3)", "(1,23)"), ("21,36", "19,46,82"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"2.8\%", r"28\%"), ("0.12", "12"),
+    (r"3\text{ minutes}", r"3\text{ hours}"),
+    (r"3\%", r"3\text{ hours}"), (r"15\text{ cm}", r"15\text{ cm}^2"), ("5 cents", r"\$5"), ("2", "2s"),
+    ("204_6", "204_5"), ("204", "204_5"), ("6:4", "3:2"), ("4:30 a.m.", "4:30 p.m."), ("B", "A"), ("False", "True"),
+    (r"\text{None}", "0"), (r"\text{True}", "1"), ("i", "1"), ("", "5"), ("5", ""), ("abc(", "abd("),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, gold", EQUAL)
+def test_equal_by_convention(answer, gold):
+    assert is_equivalent(answer, gold)
+
+
+@pytest.mark.parametrize("answer, gold", DIFFERENT)
+def test_different_by_convention(answer, gold):
+    assert not is_equivalent(answer, gold)
+
+
+def test_verdicts_do_not_depend_on_the_order_but_for_bare_letter_units():
+    assert is_equivalent("3s", "3") and not is_equivalent("3", "3s")  # the gold decides whether s may be a variable
+    for answer, gold in EQUAL + DIFFERENT:
+        if answer not in ("3s", "2"):
+            assert is_equivalent(answer, gold) == is_equivalent(gold, answer), (answer, gold)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extraction and reward
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"so \boxed{42}", "42"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} is it", r"\frac{1}{\sqrt{2}}"),
+        (r"first \boxed{1}, then, after a check, \boxed{2}", "2"),
+        (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}.\]", "-2, 1"),
+        (r"\boxed{(1, 2)}, \boxed{(2, 1)}", "(1, 2), (2, 1)"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed 5.", "5"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a} and the cut \boxed{b", "a"),
+        (r"<think>\boxed{5}</think> it is \boxed{8}", "8"),
+        (r"<think>\boxed{5}</think> done", "5"),
+        ("\\boxed{5}\n\nQuestion: What else? \\boxed{6}", "5"),
+        ("6 + 6 = 12\n#### 12", "12"),
+        ("The final answer is $\\frac{3}{4}$. I hope it is correct.", r"\frac{3}{4}"),
+        ("The answer is 1/5.", "1/5"),
+        ("Option (A) is wrong. The answer is (C).", "C"),
+        ("### Final Answer\n5", "5"),
+        ("She makes $3 x 4 = $12 in 5 days.", "$12"),
+        ("Therefore $x \\geq 5$ is the solution.", r"x \geq 5"),
+        ("nothing to see", None),
+        (r"\boxed{}", None),
+        (r"\boxed{?}", None),
+        (r"\boxed{...}", None),
+        ("", None),
+    ],
+)
+def test_the_answer_a_response_gives(response, answer):
+    assert extract_answer(response) == answer
+
+
+def test_reward_wants_a_box():
+    assert reward(r"Thus \boxed{\frac{1}{2}}.", "0.5") == 1.0
+    assert reward(r"Thus \boxed{0.6}.", "0.5") == -1.0
+    assert reward("The answer is 0.5", "0.5") == -1.0
+    assert reward(r"\boxed{0.5", "0.5") == -1.0
+    assert reward("", "0.5") == -1.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Properties
+
+PIECES = st.sampled_from((
+    r"\frac \sqrt { } ( ) [ ] ^ _ 9 12 x y \pi ! + - * / \left \right | \{ \} \text{ \boxed{ = < \le , \cup e i \sin "
+    r"\log \binom \begin{pmatrix} \end{pmatrix} & \\ \infty % ° ½ √ \pm \lfloor \rfloor 1e99 $ . : ' eval( \mbox{cm}"
+).split(" "))  # fmt: skip
+LATEX = st.lists(PIECES, max_size=25).map("".join)
+RATIONAL = st.fractions(min_value=-1000, max_value=1000, max_denominator=500)
+
+
+@given(st.text() | LATEX, st.text() | LATEX)
+@settings(max_examples=300, deadline=None)
+def test_any_two_texts_get_a_verdict(a, b):
+    assert is_equivalent(a, b) in (True, False)
+    assert is_equivalent(a, b) == is_equivalent(a, b)
+    assert reward(a, b) in (1.0, -1.0)
+    assert extract_answer(a) is None or extract_answer(a)
+
+
+@given(LATEX)
+@settings(max_examples=300, deadline=None)
+def test_everything_equals_itself(text):
+    if verify.clean(text):
+        assert is_equivalent(text, text)
+
+
+@given(RATIONAL, RATIONAL)
+@settings(max_examples=200, deadline=None)
+def test_rationals_in_any_form(p, q):
+    forms = [f"{x.numerator}/{x.denominator}" for x in (p, q)], [
+        rf"\dfrac{{{x.numerator}}}{{{x.denominator}}}" for x in (p, q)
+    ]  # fmt: skip
+    assert is_equivalent(forms[0][0], forms[1][1]) == (p == q) == is_equivalent(forms[1][1], forms[0][0])
+    total = p + q
+    assert is_equivalent(f"{forms[0][0]} + ({forms[1][1]})", rf"\frac{{{total.numerator}}}{{{total.denominator}}}")
+
+
+@given(st.lists(st.integers(-9, 9), min_size=2, max_size=5), st.lists(st.integers(-9, 9), min_size=2, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_polynomials_are_their_coefficients(a, b):
+    def text(coefficients):
+        return " + ".join(rf"{c} \cdot x^{{{k}}}" for k, c in enumerate(coefficients))
+
+    trimmed = [([0] * 5 + c[::-1])[-5:] for c in (a, b)]
+    assert is_equivalent(text(a), text(b)) == (trimmed[0] == trimmed[1])
+    factored = f"({text(a)})({text(b)})"
+    product = [sum(a[i] * b[k - i] for i in range(len(a)) if 0 <= k - i < len(b)) for k in range(len(a) + len(b) - 1)]
+    assert is_equivalent(factored, text(product))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bounds
+
+HOSTILE = [
+    "9^9^9^9^9", "10^{10^{10}}", "2^{100000}-2^{99999}", "9999999!", "(((9!)!)!)!", r"\binom{999999}{499999}",
+    "(" * 50_000 + ")" * 50_000, "{" * 100_000, r"\boxed{" * 20_000, r"\[" * 50_000, "-" * 50_000 + "1", "9" * 100_000,
+    " " * 100_000, "\n" * 100_000, "$1" * 50_000, r"\frac" * 300, r"\sqrt" * 300, "x^" * 300 + "x", r"\sin" * 300 + "x",
+    "(x+1)^{30000}", "+".join([r"\sin(x^{1/3})"] * 120), "+".join(rf"\frac{{1}}{{{k}}}" for k in range(1, 150)),
+    "+".join(rf"(x+\frac{{1}}{{{k}}})^{{{k}}}" for k in range(2, 90)), ",".join(rf"\sqrt{{{k}}}" for k in range(150)),
+    "e^{e^{e^{e^{10}}}}", "e^{-10^9}", r"5\infty", r"\sin(10^{30})", "i^i", r"\tan\frac{\pi}{2}", r"\log_1 5",
+    "0^{-1}", r"\arcsin 2", "1e999",
+    "__import__('os').system('false')", "eval(\"type('X',(),{'equals':id})()\")", "().__class__", "\x00\ud800",
+    "the answer is " * 9000, r"3\frac{" * 30 + "3" + "}{2}" * 30,
+]  # fmt: skip
+
+
+def test_hostile_input_is_answered_in_time():
+    for text in HOSTILE:
+        for gold in ("5", text, text + "+1", r"\sqrt{2}", "x+1", r"\{1,2\}", r"\boxed{" + text + "}"):
+            start = time.perf_counter()
+            verdict = is_equivalent(text, gold)
+            reward(r"\boxed{" + text + "}", gold)
+            extract_answer(text)
+            seconds = time.perf_counter() - start
+            assert verdict is True if gold == text and text.strip() else verdict in (True, False)
+            assert seconds < 1.0, f"{seconds:.2f} s for {text[:40]!r} against {gold[:40]!r}"  # 0.1 s on a quiet machine
+
+
+def test_code_is_text():
+    marker = ROOT / "never-written"
+    code = f"__import__('pathlib').Path({str(marker)!r}).touch()"
+    assert not is_equivalent(code, "5") and reward(rf"\boxed{{{code}}}", "5") == -1
+    assert not marker.exists()
+
+
+def test_verdicts_are_the_same_in_threads():
+    verdicts = []
+
+    def work():
+        verdicts.append([is_equivalent(a, b) for a, b in EQUAL[:40] + DIFFERENT[:40]])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == [[True] * 40 + [False] * 40] * 4
+
+
+def test_import_is_light():
+    code = "import sys, verify; assert not {'torch', 'sympy', 'numpy', 'sample', 'model'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_wilson_interval():
+    low, high = wilson(50, 100)
+    assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)  # the textbook example
+    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == 1.0 and wilson(0, 0) == (0.0, 1.0)
+
+
+class StubSampler:
+    """Answers "Q<k>" with k boxed, except that it never finishes Q3; remembers how it was called."""
+
+    slots = 2
+
+    def __init__(self):
+        self.tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()), stop_ids=(0,))
+
+    def generate(self, prompts, n=1, max_new_tokens=None, temperature=None, seed=None, stop=None):
+        self.called = {"prompts": prompts, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+        out = []
+        for prompt in prompts:
+            number = bytes(prompt).decode().partition("Q")[2][0]
+            text, reason = ("hm " * 10, "length") if number == "3" else (rf"It is \boxed{{{number}}}.", "stop")
+            out.append([SimpleNamespace(text=text, tokens=[7] * len(text), finish_reason=reason)] * n)
+        return out
+
+
+def test_evaluate_counts_samples_items_and_lengths():
+    sampler = StubSampler()
+    problems = [{"problem": f"Q{k}", "answer": str(k) if k < 4 else "0"} for k in (1, 2, 3, 4)]
+    result = verify.evaluate(sampler, problems, lambda question: f"<{question}>", 50, n=2, temperature=1.0, seed=5)
+    assert [row["correct"] for row in result["rows"]] == [True] * 4 + [False] * 4
+    assert (result["items"], result["accuracy"], result["truncated"], result["no_answer"]) == (4, 0.5, 0.25, 0.25)
+    assert result["length_correct"] == len(r"It is \boxed{1}.") < result["length"]
+    assert (result["low"], result["high"]) == wilson(2, 4)
+    assert bytes(sampler.called["prompts"][0]) == b"<Q1>" and sampler.called["seed"] == 5
+    assert sampler.called["stop"] == (0, "User:", "Assistant:", "Question:", "Answer:")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def run(*args):
+    command = [sys.executable, str(ROOT / "verify.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def write_lines(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_grade_writes_the_rows_back(tmp_path):
+    file = write_lines(
+        tmp_path / "in.jsonl",
+        {"response": r"\boxed{\frac12}", "gold": "0.5", "id": 7},
+        {"response": "no idea", "gold": "0.5"},
+        {"problem": "?", "solution": "3 + 4 = 7\n#### 7", "answer": 7},
+    )
+    done = run("--grade", file, "--out", tmp_path / "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 right, 66.67%" in done.stdout and "33.33% without an answer" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows[0] == {"response": r"\boxed{\frac12}", "gold": "0.5", "id": 7, "answer": r"\frac12", "correct": True}
+    assert [(row["answer"], row["correct"]) for row in rows[1:]] == [(None, False), ("7", True)]
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "bad", ["{", "[1]", '{"response": "x"}', '{"response": 3, "gold": "x"}', '{"response": "x", "gold": null}']
+)
+def test_a_bad_row_is_named_and_nothing_is_lost(tmp_path, bad):
+    file = write_lines(tmp_path / "in.jsonl", {"response": "x", "gold": "x"}, bad)
+    out = write_lines(tmp_path / "out.jsonl", "kept")
+    done = run("--grade", file, "--out", out)
+    assert done.returncode == 2 and f"{file}:2: " in done.stderr and done.stderr.count("\n") == 1
+    assert out.read_text() == "kept\n"
+
+
+def test_wrong_arguments_are_one_line():
+    for args in (["--grade", "missing.jsonl"], [], ["--grade", "a", "--ckpt", "b"], ["--grad", "x"],
+                 ["--ckpt", "b", "--n", "0"], ["--ckpt", "b", "--n", "4"], ["--ckpt", "b", "--bench", "gsm8k"],
+                 ["--ckpt", "b", "--bench", "nonsense", "--data", "."]):  # fmt: skip
+        done = run(*args)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public data, where there is some
+
+
+@pytest.mark.skipif(not (DATA / "math" / "test.jsonl").exists(), reason="needs the public data (OCTO_DATA)")
+def test_public_references():
+    for name, share in (("math", 0.995), ("gsm8k", 0.985)):  # GSM8K's file may lack the "#### 72" that ends a solution
+        rows = list(verify.read_rows(str(DATA / name / "test.jsonl"), verify.RESPONSES))[:1500]
+        assert all(is_equivalent(row["answer"], row["answer"]) for row in rows)
+        graded = [is_equivalent(extract_answer(row["solution"]) or "", row["answer"]) for row in rows]
+        assert sum(graded) >= share * len(rows)
