@@ -22,8 +22,9 @@ OUT  ?= runs/tiny
 endif
 
 # Stages that run side by side get one thread each: small matrices gain more from that than from sharing two.
-ALONE  = --threads $(JOBS) --seed $(SEED) --out $(OUT)
-BESIDE = --threads 1 --seed $(SEED) --out $(OUT)
+RUN    = --seed $(SEED) --out $(OUT)
+ALONE  = --threads $(JOBS) $(RUN)
+BESIDE = --threads 1 $(RUN)
 
 all: $(VENV)/run.ok
 	@$(MAKE) --no-print-directory -j$(JOBS) recipe

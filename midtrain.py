@@ -517,12 +517,12 @@ def file_hash(path: str) -> str:
         return hashlib.sha256(f.read()).hexdigest()
 
 
-def open_stage(stage_dir: str, settings: Settings) -> None:
-    """Make the stage's folder; if something was trained in it, that must have been with the same settings."""
-    path, text = os.path.join(stage_dir, "config.json"), json.dumps(asdict(settings), indent=1)
-    if latest_checkpoint(stage_dir) and (changed := differences(read_json(path), json.loads(text))):
-        raise ValueError(f"{stage_dir} was made with other settings ({changed}): use another --out")
-    os.makedirs(stage_dir, exist_ok=True)
+def open_folder(folder: str, settings: dict) -> None:
+    """Make a stage's or RL run's folder; if something was trained in it, that must have been with the same settings."""
+    path, text = os.path.join(folder, "config.json"), json.dumps(settings, indent=1)
+    if latest_checkpoint(folder) and (changed := differences(read_json(path), json.loads(text))):
+        raise ValueError(f"{folder} was made with other settings ({changed}): use another --out")
+    os.makedirs(folder, exist_ok=True)
     replace_file(path, text)
 
 
@@ -595,7 +595,7 @@ def run_stage(stage: str, args, world: World) -> None:
     """Train one stage to its end, from where its folder stands. SystemExit(130 or 143) after a signal, once saved."""
     stage_dir, data_dir = os.path.join(args.out, stage), on_first_rank(lambda: open_data(args))
     settings = resolve(stage, args, data_dir, world)
-    on_first_rank(lambda: open_stage(stage_dir, settings))
+    on_first_rank(lambda: open_folder(stage_dir, asdict(settings)))
     own = latest_checkpoint(stage_dir)
     start = read_json(f"{own}/meta.json")["step"] if own else 0
     if start >= settings.steps:

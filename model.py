@@ -27,6 +27,9 @@ from torch.utils.checkpoint import checkpoint
 # Configuration and presets
 
 
+_SIZES = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The shape of a Llama. Names are Hugging Face's where they have one, `num_layers` for its num_hidden_layers."""
@@ -45,7 +48,7 @@ class LlamaConfig:
     max_position: int = 8192  # what the model was made for; nothing here stops at it
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"):
+        for name in _SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, not a number of at least 1")

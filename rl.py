@@ -46,7 +46,7 @@ from torch import Tensor
 import midtrain
 import verify
 from data import Parser, prompts, run_cli, synth
-from model import Llama, read_json
+from model import Llama
 from sample import Sampler, find_checkpoint, load, unsharded
 
 BRANCHES = ("base", "stable", "short", "long", "hybrid")
@@ -466,13 +466,14 @@ class Run:
         self.tok = models[0][1]
         args.dtype, args.stop = dtype, (*self.tok.stop_ids, *prompts.STOP)
         norm = models[0][0].norm.weight.detach().float().numpy()  # one small tensor tells a retrained model from this
-        self.fingerprint = hashlib.sha256(norm.tobytes()).hexdigest()[:16]
+        fingerprint = hashlib.sha256(norm.tobytes()).hexdigest()[:16]
         self.train, self.held_out = load_problems(args, self.tok)
         self.model, *reference = (midtrain.shard(m.float(), world, midtrain.DTYPES[dtype]) for m, _ in models)
         self.reference = reference[0] if reference else None
         self.optimizer = midtrain.make_optimizer(self.model, args.lr, weight_decay=0.0)
         self.sampler = Sampler(self.model, self.tok, args.slots)
-        midtrain.on_first_rank(self.open_folder)
+        settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {"weights": fingerprint}
+        midtrain.on_first_rank(lambda: midtrain.open_folder(self.folder, settings))
         self.saved = midtrain.latest_checkpoint(self.folder)
         self.step = midtrain.load_checkpoint(self.saved, self.model, self.optimizer)["step"] if self.saved else 0
         self.log = midtrain.MetricsLog(self.folder, self.step if self.saved else -1)
@@ -484,15 +485,6 @@ class Run:
 
     def say(self, text: str) -> None:
         midtrain.say(f"[{self.name}] {text}")
-
-    def open_folder(self) -> None:
-        """Make it and note the settings; those that decide the result must be what they were."""
-        path = os.path.join(self.folder, "config.json")
-        settings = {k: v for k, v in vars(self.args).items() if k not in MAY_CHANGE} | {"weights": self.fingerprint}
-        if midtrain.latest_checkpoint(self.folder) and (changed := midtrain.differences(read_json(path), settings)):
-            raise ValueError(f"{self.folder} was made with other settings ({changed}): use another --out")
-        os.makedirs(self.folder, exist_ok=True)
-        midtrain.replace_file(path, json.dumps(settings, indent=1))
 
     def loop(self) -> None:
         """Evaluate, then steps to the end. A row of metrics is complete before the checkpoint of its step is saved."""

@@ -217,7 +217,7 @@ def read_index(folder: str | os.PathLike, check: bool = False) -> dict | None:
         return None
     try:
         index = json.loads(path.read_text())
-        names, _, _ = list(index["sources"]), index["settings"]["world"], index["tokenizer"]
+        names, _, _ = list(index["sources"]), index["settings"]["world"], index["tokenizer"]  # what readers rely on
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: delete it and prepare again") from None
     for name in names:

@@ -102,6 +102,10 @@ class Problem:
         return " ".join(self.sentences + [self.question])
 
 
+def compute(a: int, op: str, b: int) -> int:
+    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+
+
 def split_of(structure: str) -> str:
     """The split a structure belongs to, for ever: a tenth val, two tenths test, by its hash."""
     bucket = zlib.crc32(structure.encode()) % 10
@@ -121,9 +125,6 @@ class _Story:
         self.roles: list[str] = []
         self.touched = 0  # who changed last
 
-    def say(self, kind: str, wording: str, **words) -> None:
-        self.sentences.append(wording.format(t=self.thing, **words))
-
     def introduce(self) -> None:
         """A newcomer with a stated count."""
         who = len(self.counts)
@@ -134,13 +135,13 @@ class _Story:
 
     def step(self, who: int, a: int, op: str, b: int, why: str, other: int = 0, third: int = 0) -> int:
         """Note that `who` gets a op b, of what `other` (and `third`) have; returns it."""
-        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+        result = compute(a, op, b)
         facts = FACTS[why, op].format(B=self.names[who], A=self.names[other], C=self.names[third], a=a, b=b)
         self.steps.append(Step(self.names[who], a, op, b, result, why, facts))
         return result
 
-    def relate(self, room: int) -> bool:
-        """One more statement that costs at most `room` steps; False when the draw does not fit the counts."""
+    def relate(self, room: int) -> None:
+        """One more statement that costs at most `room` steps; none if what is drawn does not fit the counts."""
         rng, counts = self.rng, self.counts
         kind = rng.choice(list(WORDINGS))
         new = len(counts)
@@ -164,7 +165,7 @@ class _Story:
             "give": room >= 2 and c is not None and counts[a or 0] > n,
         }
         if not fits[kind]:
-            return False
+            return
         before = (list(counts), list(self.steps))
         if kind == "give":
             counts[a] = self.step(a, counts[a], "-", n, kind)
@@ -181,12 +182,11 @@ class _Story:
             counts.append(self.step(b, counts[a], op, n, kind, a))
         if max(counts) > MAX_COUNT:
             self.counts, self.steps = before
-            return False
+            return
         names = {"A": self.names[a], "B": self.names[b], "C": self.names[c if c is not None else a]}
-        self.say(kind, rng.choice(WORDINGS[kind]), n=n, m=m, **names)
+        self.sentences.append(rng.choice(WORDINGS[kind]).format(t=self.thing, n=n, m=m, **names))
         self.roles.append(f"{kind}{a}{b}{c if kind == 'both' else ''}")
         self.touched = b
-        return True
 
 
 def make_problem(rng: random.Random, level: int, split: str) -> Problem:
@@ -266,14 +266,13 @@ def work_out(a: int, op: str, b: int) -> str:
     if op == "-" and a - b < ten < a and b < 10:
         return f"{a}-{a - ten}={ten}, {ten}-{b - a + ten}={a - b}"
     if op in "+-" and b > 10 and b % 10:
-        mid = a + b // 10 * 10 if op == "+" else a - b // 10 * 10
-        return f"{a}{op}{b // 10 * 10}={mid}, {mid}{op}{b % 10}={a + b if op == '+' else a - b}"
+        mid = compute(a, op, b // 10 * 10)
+        return f"{a}{op}{b // 10 * 10}={mid}, {mid}{op}{b % 10}={compute(a, op, b)}"
     return ""
 
 
-def check(s: Step, result: int | None = None) -> tuple[str, int]:
-    """The step backwards from a result (the right one if None): the task, and what it gives; it should be s.a."""
-    r = s.result if result is None else result
+def check(s: Step, r: int) -> tuple[str, int]:
+    """The step backwards from a result r: the task, and what it gives; that is s.a if r is right."""
     op, a = {"+": ("-", r - s.b), "-": ("+", r + s.b), "*": ("/", r // s.b), "/": ("*", r * s.b)}[s.op]
     return f"{r}{op}{s.b}", a
 
@@ -293,11 +292,7 @@ def long_thoughts(rng: random.Random, p: Problem, slip_rate: float = 0.1) -> str
     for s in p.steps:
         task = f"{s.a}{s.op}{s.b}"
         pieces = work_out(s.a, s.op, s.b)
-        done = (
-            f"{task}: {pieces}. Check {check(s)[0]}={s.a}."
-            if pieces
-            else f"{task}={s.result}. Check {check(s)[0]}={s.a}."
-        )
+        done = (f"{task}: {pieces}" if pieces else equation(s)) + f". Check {check(s, s.result)[0]}={s.a}."
         if rng.random() < slip_rate:
             wrong = slipped(rng, s)
             back, a = check(s, wrong)
@@ -395,9 +390,8 @@ def _drill(rng: random.Random) -> str:
             a, b = rng.randint(2, 12), rng.randint(2, 4)
         if op == "/":
             a = a * b
-        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
         pieces = work_out(a, op, b)
-        lines.append(f"{a}{op}{b}: {pieces}." if pieces and rng.random() < 0.4 else f"{a}{op}{b}={result}.")
+        lines.append(f"{a}{op}{b}: {pieces}." if pieces and rng.random() < 0.4 else f"{a}{op}{b}={compute(a, op, b)}.")
     return " ".join(lines)
 
 
@@ -417,7 +411,7 @@ def _web(rng: random.Random, split: str) -> str:
     p = make_problem(rng, _level(rng), split)
     if kind < 0.45:
         return _forum(rng, p)
-    steps = " ".join(f"{MEANINGS[s.why]}: {s.a}{s.op}{s.b}={s.result} for {s.who}." for s in p.steps)
+    steps = " ".join(f"{MEANINGS[s.why]}: {equation(s)} for {s.who}." for s in p.steps)
     opening = rng.choice(("Example.", "Consider this.", "Here is a case."))
     return f"{opening} {' '.join(p.sentences)} {steps}"
 

@@ -217,8 +217,7 @@ def test_a_start_that_failed_does_not_lock_the_folder(train, tmp_path, monkeypat
 
 
 def test_other_data_is_noticed_on_resume(train, tmp_path):
-    other = prepare.prepare_synth(tmp_path / "other", 300, 64, dict.fromkeys(SOURCES, 20_000), 1)
-    assert other
+    prepare.prepare_synth(tmp_path / "other", 300, 64, dict.fromkeys(SOURCES, 20_000), 1)
     train(tmp_path / "a", "--branch", "base")
     with pytest.raises(ValueError, match="data"):
         train(tmp_path / "a", "--branch", "base", "--steps", "4", data=tmp_path / "other")
