@@ -606,11 +606,18 @@ def fsdp_rank(rank: int, folder: str) -> None:
         with open(os.path.join(folder, "results.json"), "w") as f:
             json.dump(results, f)
     dist.barrier()
-    dist.destroy_process_group()
+
+
+def leave_as_programs_do(rank: int, work, folder: str) -> None:
+    """work(rank, folder), then out before gloo's threads can abort the process while the interpreter goes down."""
+    import midtrain
+
+    with midtrain.one_voice():
+        work(rank, folder)
 
 
 def test_fsdp_ranks_sample_what_one_process_samples(tmp_path):
-    torch.multiprocessing.spawn(fsdp_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(leave_as_programs_do, (fsdp_rank, str(tmp_path)), nprocs=2)
     model, expected = random_llama(), []
     for _ in range(2):
         results = Sampler(model, None).generate(PROMPTS, 2, [5 + 7 * i for i in range(len(PROMPTS))])
