@@ -557,10 +557,10 @@ def all_sum(x: Tensor, world: World) -> Tensor:
 def add_losses(sums: Tensor, model: Llama, batch: Batch, micro_batch: int, scale: Tensor | None = None) -> None:
     """sums (sources, 2) += (sum of losses, number of targets) of each source; with a scale, also scale * gradients."""
     for tokens, targets, doc_start, source in zip(*(x.to(sums.device).split(micro_batch) for x in batch), strict=True):
-        nll = model(tokens, targets, doc_start)  # (b, T)
+        total, nll = model(tokens, targets, doc_start, reduction="sum")  # (), (b, T)
         if scale is not None:
-            (nll.sum() * scale).backward()
-        rows = torch.stack((nll.detach().double().sum(1), (targets >= 0).double().sum(1)), dim=1)  # (b, 2)
+            (total * scale).backward()
+        rows = torch.stack((nll.double().sum(1), (targets >= 0).double().sum(1)), dim=1)  # (b, 2)
         sums.index_add_(0, source, rows)
 
 

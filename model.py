@@ -1,7 +1,9 @@
-"""A Llama in plain PyTorch: Llama 3.1 / 3.2 as published, and small ones of the same kind.
+"""A Llama in plain PyTorch, with Triton kernels for GPUs: Llama 3.1 / 3.2 as published, and small ones of the same kind.
 
 Read it top to bottom: the configuration and its presets, RMSNorm, rotary embedding, attention over packed documents (and
-over a KV cache), the block, the model, checkpoints in Hugging Face's layout. The choices that matter:
+over a KV cache), the block, the model; then the kernels; then checkpoints in Hugging Face's layout. What has a kernel is
+written out in plain PyTorch first, which is what a CPU runs: whoever does not care for Triton can skip to the checkpoints.
+The choices that matter:
 
 1. Packed documents. A row of tokens holds several documents; `doc_start` (B, T) says for each token where its document
    begins in the row. Attention never looks before it, and positions count from it. A fixed-shape tensor, so that nothing
@@ -10,18 +12,30 @@ over a KV cache), the block, the model, checkpoints in Hugging Face's layout. Th
    with a bf16 policy the weights arrive in bf16 already and the cast does nothing.
 3. The loss is computed inside `forward`, in chunks of tokens, so that the (tokens x vocabulary) logits of a 128,256-word
    vocabulary never exist at once. Its unit is one number a token: the caller decides what to average over.
-4. Nothing here knows about GPUs, ranks or optimizers: parallelism is applied from outside (midtrain.py).
+4. Four operations have kernels: RMSNorm with the residual added, attention, attention over the KV cache, and the output
+   projection with cross-entropy. On a GPU they are called in place of the references, with no switch to turn.
+5. Nothing here knows about GPUs, ranks or optimizers: parallelism is applied from outside (midtrain.py).
 """
 
 import json
 import math
 import os
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.library import triton_op, wrap_triton
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows: the plain PyTorch is all there is, and the kernels are functions nobody calls
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration and presets
@@ -95,16 +109,36 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether the operations on x are those of the kernels further down."""
+    return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64
+
+
+KERNEL_DEVICES = {"cuda"} if triton else set()  # empty it to run the plain PyTorch on a GPU
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm(s), s) of s = x + residual, or of s = x without one; shapes and dtype of x.
+
+    norm(s) = s / sqrt(mean(s^2) + eps) * weight over the last axis (Zhang & Sennrich 2019), statistics in fp32.
+    """
+    if has_kernels(x):
+        y, s, _ = torch.ops.octo.rms_norm(x, residual, weight, eps)
+        return y, x if residual is None else s
+    s = x if residual is None else residual + x
+    return F.rms_norm(s.float(), (s.shape[-1],), weight.float(), eps).to(s.dtype), s
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019), statistics in fp32."""
+    """The layer's weight around rms_norm()."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return rms_norm(x, residual, self.weight, self.eps)
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -147,9 +181,17 @@ def document_mask(doc_start: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal grouped-query attention. q (B, T, H, D), k and v (B, T, K, D), mask (B, 1, T, T) or None → (B, T, H, D)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    """Causal grouped-query attention inside documents. q (B, T, H, D), k and v (B, T, K, D) → (B, T, H, D).
+
+    doc_start (B, T), or None for one document a row. `mask` is its document_mask(), which all layers share.
+    """
     B, T, H, D = q.shape
+    if has_attention_kernel(q):
+        starts = q.new_zeros(B, T, dtype=torch.int32) if doc_start is None else doc_start
+        return torch.ops.octo.attention(q, k, v, starts)[0]
+    if mask is None and doc_start is not None:
+        mask = document_mask(doc_start, q.dtype)
     K = k.shape[2]
     if mask is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512:
         # Two matrix products: measured 1.5x as fast, forward and backward, as torch's fused kernel in bf16 on a CPU.
@@ -160,6 +202,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     k, v = (x.repeat_interleave(H // K, dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
     return out.transpose(1, 2)
+
+
+HEAD_DIMS = (16, 32, 64, 128)  # that the attention kernels have tiles for; others get the plain PyTorch
+
+
+def has_attention_kernel(x: Tensor) -> bool:
+    """The same for attention on heads x (.., head_dim)."""
+    return has_kernels(x) and x.shape[-1] in HEAD_DIMS
 
 
 class KVCache:
@@ -197,12 +247,34 @@ def cached_attention(q: Tensor, cache: KVCache, layer: int, mask: Tensor) -> Ten
     read as far as it is allocated: on a CPU, bf16 products of whole matrices take a third of the time of those of slices.
     """
     B, T, H, D = q.shape
+    if T == 1 and has_attention_kernel(q):  # a slot is a block as long as a row, so the table of blocks is 0, 1, 2, …
+        table = torch.arange(B, dtype=torch.int32, device=q.device)[:, None]
+        return decode_attention(q[:, 0], cache.k[layer], cache.v[layer], table, cache.lengths[:B] + 1)[:, None]
     k, v = cache.k[layer, :B], cache.v[layer, :B]  # (B, K, L, D)
     K, L = k.shape[1:3]
     q = (q * D**-0.5).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
     scores = (q @ k.transpose(2, 3)).view(B, K, H // K, T, L).add_(mask[:, :, None])
     probs = scores.softmax(-1).view(B, K, -1, L)
     return (probs @ v).view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """Attention of one query a row, q (R, H, D), to the row's first `lengths` (R,) tokens in a paged cache → (R, H, D).
+
+    k, v: pools of blocks (blocks, K, block_len, D); table (R, n): the blocks of each row, in order. Entries of the table
+    past a row's length are not read, nor are tokens past it. A row of length 0 gives 0. No gradient.
+    """
+    if has_attention_kernel(q):
+        return torch.ops.octo.decode_attention(q, k, v, table, lengths)
+    R, H, D = q.shape
+    K, L = k.shape[1], table.shape[1] * k.shape[2]
+    seen = torch.arange(L, device=q.device) < lengths[:, None]  # (R, L)
+    table = table.long().where(seen[:, :: k.shape[2]], 0)
+    k, v = (x[table].transpose(1, 2).reshape(R, K, L, D) for x in (k, v))
+    k, v = (x.masked_fill(~seen[:, None, :, None], 0.0) for x in (k, v))
+    scores = (q.view(R, K, H // K, D) * D**-0.5) @ k.transpose(2, 3)  # (R, K, G, L)
+    probs = scores.float().masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+    return (probs.to(v.dtype) @ v).view(R, H, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,11 +290,12 @@ class Attention(nn.Module):
         self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.o = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
-    def forward(self, x, rope, mask, positions, cache, layer):
+    def forward(self, x, where, layer):
+        rope, doc_start, mask, positions, cache = where
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))  # (B, T, H or K, D)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is None:
-            out = attention(q, k, v, mask)
+            out = attention(q, k, v, doc_start, mask)
         else:
             cache.write(layer, positions, k, v)
             out = cached_attention(q, cache, layer, mask)
@@ -242,8 +315,22 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Where(NamedTuple):
+    """What every layer needs to know about the tokens of a forward pass, made once for all of them."""
+
+    rope: tuple[Tensor, Tensor]  # cos and sin of each token's angles
+    doc_start: Tensor | None  # (B, T)
+    mask: Tensor | None  # the document_mask() of it, where no kernel does without
+    positions: Tensor  # (B, T): where the tokens go in the cache
+    cache: KVCache | None
+
+
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: s += attention(norm(s)), then s += mlp(norm(s)), s being the residual stream.
+
+    The MLP's output is not added here: it is handed to the next block beside the residual, whose norm adds it as it reads
+    it. (B, T, hidden) twice in, the residual None in the first block, and twice out.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -252,9 +339,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, positions=None, cache=None, layer=0):
-        x = x + self.attn(self.attn_norm(x), rope, mask, positions, cache, layer)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, residual: Tensor | None, where: Where, layer: int) -> tuple[Tensor, Tensor]:
+        x, residual = self.attn_norm(x, residual)
+        x, residual = self.mlp_norm(self.attn(x, where, layer), residual)
+        return self.mlp(x), residual
 
 
 class Llama(nn.Module):
@@ -298,45 +386,57 @@ class Llama(nn.Module):
         doc_start: Tensor | None = None,
         temperature: float = 1.0,
         cache: KVCache | None = None,
-    ) -> Tensor:
+        reduction: str = "none",
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens (B, T) int64 → logits (B, T, vocab) in fp32; with targets (B, T) → negative log-likelihoods (B, T) in fp32.
 
         The likelihoods are of logits / temperature; targets below 0 are ignored and give 0. doc_start (B, T) holds the
-        index, within the row, of the first token of each token's document; None means one document a row.
+        index, within the row, of the first token of each token's document; None means one document a row. With reduction
+        "sum" → (their sum (), all of them (B, T) without gradient), for whose gradient a GPU does a quarter less work.
         """
         h = self.hidden(tokens, doc_start, cache)
-        return self.logits(h) if targets is None else self.nll(h, targets, temperature)
+        return self.logits(h) if targets is None else self.nll(h, targets, temperature, reduction)
 
     def hidden(self, tokens: Tensor, doc_start: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) → the last layer's normalised activations (B, T, hidden), in compute_dtype."""
         B, T = tokens.shape
-        positions = torch.arange(T, device=tokens.device).expand(B, T)
+        x, residual = self.embed(tokens).to(self.compute_dtype), None
+        positions, mask = torch.arange(T, device=tokens.device).expand(B, T), None
+        kernel = has_kernels(x) and self.config.head_dim in HEAD_DIMS  # which needs no mask
         if cache is not None:
             assert doc_start is None, "a cache holds one document a slot"
             positions = positions + cache.lengths[:B, None]
-            unseen = torch.arange(cache.max_len, device=tokens.device) > positions[:, :, None]  # (B, T, L)
-            mask = torch.zeros(unseen.shape, dtype=self.compute_dtype, device=tokens.device)
-            mask = mask.masked_fill_(unseen, -torch.inf)[:, None]
+            if not kernel or T > 1:
+                unseen = torch.arange(cache.max_len, device=tokens.device) > positions[:, :, None]  # (B, T, L)
+                mask = torch.zeros(unseen.shape, dtype=self.compute_dtype, device=tokens.device)
+                mask = mask.masked_fill_(unseen, -torch.inf)[:, None]
         elif doc_start is not None:
-            positions, mask = positions - doc_start, document_mask(doc_start, self.compute_dtype)
-        else:
-            mask = None
-        rope = rope_tables(self.inv_freq, positions)
-        x = self.embed(tokens).to(self.compute_dtype)
+            positions = positions - doc_start
+            mask = None if kernel else document_mask(doc_start, self.compute_dtype)
+        where = Where(rope_tables(self.inv_freq, positions), doc_start, mask, positions, cache)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, positions, cache, layer)
-        return self.norm(x)
+            x, residual = block(x, residual, where, layer)
+        return self.norm(x, residual)[0]
 
     def logits(self, h: Tensor) -> Tensor:
         """Activations (..., hidden) → logits (..., vocab) in fp32."""
         weight = self.embed.weight if self.head is None else self.head.weight
         return F.linear(h, weight.to(h.dtype)).float()
 
-    def nll(self, h: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    def nll(self, h: Tensor, targets: Tensor, temperature: float = 1.0, reduction: str = "none"):
         """-log softmax(logits / temperature)[target] for each token: h (B, T, hidden), targets (B, T) → (B, T) fp32.
 
         Above LOGITS_BUDGET numbers the logits are made chunk by chunk and again in the backward pass, never all at once.
+        With reduction "sum": (their sum, each of them without gradient).
         """
+        assert reduction in ("none", "sum"), f'reduction "{reduction}"; valid: none, sum'
+        if has_kernels(h):
+            weight = self.embed.weight if self.head is None else self.head.weight
+            return fused_nll(h.flatten(0, 1), weight.to(h.dtype), targets, temperature, reduction)
+        nll = self._nll_reference(h, targets, temperature)
+        return nll if reduction == "none" else (nll.sum(), nll.detach())
+
+    def _nll_reference(self, h: Tensor, targets: Tensor, temperature: float) -> Tensor:
         h, flat = h.flatten(0, 1), targets.flatten()
         chunk = max(1, LOGITS_BUDGET // self.config.vocab_size)
         if len(flat) <= chunk:
@@ -379,6 +479,723 @@ class Llama(nn.Module):
 
 
 LOGITS_BUDGET = 1 << 25  # numbers: 128 MiB in fp32, 261 tokens of Llama 3's vocabulary
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels (CUDA). Everything above runs without them; tests hold each equal to what it stands in for.
+#
+# A Triton program computes one tile of the output. What costs time is main memory: while one byte comes from there, an
+# H200 does some 200 bf16 operations. So each kernel below is a way of not going there: what was loaded is used for
+# everything that needs it, while it is in registers. Sums are in fp32, in an order that depends on shapes alone (no
+# atomics), so the same input gives the same bits. Whatever can change from step to step (lengths of documents, rows in a
+# cache) is read from tensors, so nothing is compiled twice. Tensors are those of the current CUDA device.
+#
+# Every kernel sits in a torch.library.triton_op: torch.compile looks into it, autograd knows its backward, and no output
+# aliases an input. TRITON_INTERPRET=1 runs them on a CPU, for tests; the interpreter's bf16 arithmetic is wrong, so there
+# tiles are cast to fp32 when they are loaded.
+
+# Without a GPU the operators would never be called, and registering them takes torch a second of import time.
+REGISTERED = triton and (
+    torch.cuda.is_available() or "1" in (os.environ.get("TRITON_INTERPRET"), os.environ.get("OCTO_KERNELS"))
+)
+
+_jit = triton.jit if triton else lambda function: function
+_op = partial(triton_op, mutates_args={}) if REGISTERED else lambda name: lambda function: function
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)  # the hardware's exponential is 2^x
+
+# Tiles of attention by head_dim: (BLOCK_M queries, BLOCK_N keys, num_warps of 32 threads, num_stages of loads in flight),
+# for 2 bytes a number. The first is used; `tests/bench_kernels.py --tune` times the others. They are not raced at run
+# time: the winner of the day would decide how sums are rounded, and the same command would give other weights. No card has
+# timed them yet. They were chosen by the compiler's report: nothing spills (a thread has 255 registers; accumulators of
+# 128 x 64 numbers take 64 from each of 128 threads) and, where possible, two programs fit on a multiprocessor, so that one
+# multiplies while the other takes exponentials.
+TILES = {
+    "forward": {
+        16: [(64, 64, 4, 3)],
+        32: [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
+        64: [(128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)],
+        128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
+    },
+    "dq": {
+        16: [(64, 64, 4, 3)],
+        32: [(128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3)],
+        64: [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)],
+    },
+    "dkdv": {
+        16: [(64, 64, 4, 3)],
+        32: [(64, 64, 4, 3), (64, 128, 8, 3)],
+        64: [(64, 128, 8, 3), (64, 64, 4, 3)],
+        128: [(64, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 3)],
+    },
+}
+# Chips before Hopper take operands through registers, and some have only 100 KB of shared memory.
+SMALL_TILES = {("forward", 128): (128, 64, 8, 2), ("dq", 128): (64, 64, 4, 2), ("dkdv", 128): (32, 128, 8, 3)}
+FP32_TILE = (32, 32, 8, 2)  # exact products on the ordinary units: for tests and small models
+
+
+def tile(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None = None) -> dict:
+    """The tile that is used, as arguments of a launch. `capability`: the GPU's, found out if not given."""
+    if capability is None:
+        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    chosen = TILES[kernel][head_dim][0]
+    if dtype == torch.float32:
+        chosen = FP32_TILE
+    elif capability[0] not in (9, 10):
+        chosen = SMALL_TILES.get((kernel, head_dim), chosen)
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), chosen))
+
+
+def _rows_per_program(width: int) -> dict:
+    """About 4,096 numbers a program: one row of a wide model, many of a narrow one."""
+    block = triton.next_power_of_2(width)
+    return dict(BLOCK_R=max(1, 4096 // block), BLOCK_N=block, num_warps=4 if block < 2048 else 8)
+
+
+# ------------------------------------------------------------------------------------------------------------ RMSNorm
+#
+# y = w x r,  r = 1 / sqrt(mean(x^2) + eps),  where x is the residual stream with a layer's output just added.
+#
+# Unfused, the addition reads two tensors and writes one, and the norm reads that one and writes y. Here x is still in
+# registers when it is normalised: 4 tensors go through memory and not 5, nor any fp32 copy.
+#
+# Backward. With x' = x r, dr/dx = -r^3 x / N, so
+#     dx = r (w dy - x' mean(w dy x')) + the gradient that comes down the residual stream,    dw = sum over rows of dy x'.
+# r is saved, 4 bytes a row. A program takes every 264th block of rows and keeps its part of dw in registers, so x and dy
+# are read once for dx and dw; the parts (programs, N) are added at the end.
+
+RMS_PROGRAMS = (
+    264  # of the backward: two on each of an H100's 132 multiprocessors. Fixed, as it decides the rounding of dw
+)
+
+
+@_jit
+def _rms_norm_forward(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, rows,
+    N: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_N)
+    at = r.to(tl.int64)[:, None] * N + c[None, :]
+    valid = (r < rows)[:, None] & (c < N)[None, :]
+    x = tl.load(x_ptr + at, valid, 0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + at, valid, 0.0).to(tl.float32)
+        x = x.to(sum_ptr.dtype.element_ty)  # the norm is of the sum as the next layer will see it
+        tl.store(sum_ptr + at, x, valid)
+        x = x.to(tl.float32)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / N + EPS)
+    w = tl.load(weight_ptr + c, c < N, 0.0).to(tl.float32)
+    tl.store(y_ptr + at, (x * rstd[:, None] * w[None, :]).to(y_ptr.dtype.element_ty), valid)
+    tl.store(rstd_ptr + r, rstd, r < rows)
+
+
+@_jit
+def _rms_norm_backward(
+    dy_ptr, dsum_ptr, x_ptr, rstd_ptr, weight_ptr, dx_ptr, dw_ptr, rows,
+    N: tl.constexpr, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    c = tl.arange(0, BLOCK_N)
+    w = tl.load(weight_ptr + c, c < N, 0.0).to(tl.float32)[None, :]
+    dw = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_R), tl.num_programs(0), num_stages=3):
+        r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        at = r.to(tl.int64)[:, None] * N + c[None, :]
+        valid = (r < rows)[:, None] & (c < N)[None, :]
+        rstd = tl.load(rstd_ptr + r, r < rows, 0.0)[:, None]
+        x = tl.load(x_ptr + at, valid, 0.0).to(tl.float32) * rstd
+        dy = tl.load(dy_ptr + at, valid, 0.0).to(tl.float32)
+        dw += dy * x
+        dy *= w
+        dx = rstd * (dy - x * (tl.sum(dy * x, 1) / N)[:, None])
+        if ADD:
+            dx += tl.load(dsum_ptr + at, valid, 0.0).to(tl.float32)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), valid)
+    tl.store(dw_ptr + tl.program_id(0) * N + c, tl.sum(dw, 0), c < N)
+
+
+@_op("octo::rms_norm")
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(x + residual) and x + residual, as x; 1 / rms (rows,) in fp32. Without a residual the second is empty."""
+    x, N = x.contiguous(), x.shape[-1]
+    rows, y, rstd = x.numel() // N, torch.empty_like(x), x.new_empty(x.numel() // N, dtype=torch.float32)
+    add = residual is not None
+    total, residual = (torch.empty_like(x), residual.contiguous()) if add else (x.new_empty(0), x)
+    meta = _rows_per_program(N)
+    wrap_triton(_rms_norm_forward)[(triton.cdiv(rows, meta["BLOCK_R"]),)](
+        x, residual, weight, y, total if add else y, rstd, rows, N=N, EPS=eps, ADD=add, **meta
+    )
+    return y, total, rstd
+
+
+@_op("octo::rms_norm_backward")
+def _rms_norm_grad(dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x, dy, N = x.contiguous(), dy.contiguous(), x.shape[-1]
+    rows, dx, meta, add = rstd.numel(), torch.empty_like(x), _rows_per_program(N), dsum is not None
+    programs = min(RMS_PROGRAMS, triton.cdiv(rows, meta["BLOCK_R"]))
+    dw = x.new_empty(programs, N, dtype=torch.float32)
+    dsum = dsum.contiguous() if add else dy
+    wrap_triton(_rms_norm_backward)[(programs,)](dy, dsum, x, rstd, weight, dx, dw, rows, N=N, ADD=add, **meta)
+    return dx, dw.sum(0).to(weight.dtype)
+
+
+def _rms_norm_context(ctx, inputs, output):
+    x, residual, weight, _ = inputs
+    ctx.add = residual is not None
+    ctx.save_for_backward(output[1] if ctx.add else x, output[2], weight)
+
+
+def _rms_norm_autograd(ctx, dy, dsum, _):
+    x, rstd, weight = ctx.saved_tensors
+    dx, dw = torch.ops.octo.rms_norm_backward(dy, dsum if ctx.add else None, x, rstd, weight)
+    return dx, dx if ctx.add else None, dw, None
+
+
+# ---------------------------------------------------------------------------------------------------------- Attention
+#
+# FlashAttention-2 (Dao 2023) over packed documents. For one query i, over the keys doc_start_i <= j <= i,
+#     s_ij = q_i k_j / sqrt(D)    L_i = log sum_j exp(s_ij)    p_ij = exp(s_ij - L_i)    o_i = sum_j p_ij v_j.
+# The T x T scores never reach memory. A program holds a tile of queries, walks over tiles of keys and values, and keeps for
+# each query the largest score so far m, the sum of exp(s - m), and acc, the sum of exp(s - m) v. When a tile raises the
+# maximum from m to m', both sums are multiplied by exp(m - m'). At the end o = acc / sum, and L = m + log(sum) is
+# saved for the backward: 4 bytes for each query and head, where the scores would be 2 T.
+#
+# Backward. p is computed again, from L. With delta_i = sum_j p_ij dp_ij = do_i o_i (as o_i = sum_j p_ij v_j):
+#     dp_ij = do_i v_j    ds_ij = p_ij (dp_ij - delta_i)    dv_j = sum_i p_ij do_i
+#     dq_i = sum_j ds_ij k_j / sqrt(D)    dk_j = sum_i ds_ij q_i / sqrt(D).
+# dq is a sum over keys, dk and dv are sums over queries: hence one kernel with a tile of queries that walks over keys, and
+# one with a tile of keys that walks over the queries of all heads that share them. Both compute s and dp: 7 products where
+# one kernel would need 5, but that one would add to dq from many programs at once, in an order that changes.
+#
+# What a tile's shape does: a program reads all keys and values that its queries see, so with BLOCK_M queries they are read
+# T / BLOCK_M times in all (mostly from the second-level cache, since the heads that share them run side by side). More
+# queries, fewer reads, until accumulators no longer fit in registers. Of the tiles on the walk, those outside the
+# document are never visited, those within it need no mask; only those on a boundary or on the diagonal do, and they go
+# first, in a loop of their own. The programs with the longest walks start first, so that the last to end are short.
+
+
+@_jit
+def _load_rows(ptr, first, T, STRIDE: tl.constexpr, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows first … first + N - 1 of a (T, D) matrix, STRIDE numbers apart; 0 from row T on."""
+    rows = tl.arange(0, N)[:, None]
+    at = ptr + first.to(tl.int64) * STRIDE + (rows * STRIDE + tl.arange(0, D)[None, :])  # 64 bits once a tile
+    x = tl.load(at, first + rows < T, 0.0) if MASKED else tl.load(at)
+    return x.to(tl.float32) if INTERPRETED else x
+
+
+@_jit
+def _store_rows(ptr, first, T, x, STRIDE: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+    rows = tl.arange(0, N)[:, None]
+    at = ptr + first.to(tl.int64) * STRIDE + (rows * STRIDE + tl.arange(0, D)[None, :])
+    tl.store(at, x.to(ptr.dtype.element_ty), first + rows < T)
+
+
+@_jit
+def _seen(rows, cols, starts):
+    """True where query `rows` sees key `cols`: both (.., 1) or (1, ..); starts as rows."""
+    return (cols <= rows) & (cols >= starts)
+
+
+@_jit
+def _key_tiles(start_ptr, m, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys that queries m … m + BLOCK_M - 1 see: (first, full_lo, full_hi, end). Tiles of [full_lo, full_hi) need no mask."""
+    end = tl.minimum(m + BLOCK_M, T)
+    first = tl.load(start_ptr + m).to(tl.int32) // BLOCK_N * BLOCK_N
+    full_lo = tl.cdiv(tl.load(start_ptr + end - 1).to(tl.int32), BLOCK_N) * BLOCK_N
+    full_hi = tl.maximum(full_lo, (m + 1) // BLOCK_N * BLOCK_N)
+    return first, full_lo, full_hi, end
+
+
+@_jit
+def _query_tiles(end_ptr, n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same for the queries that see keys n … n + BLOCK_N - 1."""
+    end = tl.load(end_ptr + tl.minimum(n + BLOCK_N, T) - 1).to(tl.int32)
+    full_lo = tl.cdiv(n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
+    full_hi = tl.maximum(full_lo, tl.load(end_ptr + n).to(tl.int32) // BLOCK_M * BLOCK_M)
+    return n // BLOCK_M * BLOCK_M, full_lo, full_hi, end
+
+
+@_jit
+def _walk(i, first, full_lo, full_hi, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Where tile i of a walk begins. Masked: those before full_lo, then those from full_hi on; else those between."""
+    if MASKED:
+        at = first + i * BLOCK
+        return tl.where(at >= full_lo, at + (full_hi - full_lo), at)
+    else:
+        return full_lo + i * BLOCK
+
+
+@_jit
+def _steps(first, full_lo, full_hi, end, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """How many tiles that walk has."""
+    if MASKED:
+        return (full_lo - first) // BLOCK + tl.cdiv(tl.maximum(end - full_hi, 0), BLOCK)
+    else:
+        return (full_hi - full_lo) // BLOCK
+
+
+@_jit
+def _forward_walk(
+    acc, total, m, q, k_ptr, v_ptr, rows, starts, first, full_lo, full_hi, end, T,
+    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    scale: tl.constexpr = D**-0.5 * LOG2E
+    for i in range(_steps(first, full_lo, full_hi, end, BLOCK_N, MASKED)):
+        n = _walk(i, first, full_lo, full_hi, BLOCK_N, MASKED)
+        k = _load_rows(k_ptr, n, T, STRIDE, BLOCK_N, D, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        if MASKED:
+            s = tl.where(_seen(rows[:, None], (n + tl.arange(0, BLOCK_N))[None, :], starts[:, None]), s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        shrink = tl.exp2(m - higher)
+        total, m = total * shrink + tl.sum(p, 1), higher
+        v = _load_rows(v_ptr, n, T, STRIDE, BLOCK_N, D, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, m
+
+
+@_jit
+def _attention_forward(
+    q_ptr, k_ptr, v_ptr, start_ptr, o_ptr, lse_ptr, T,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // K
+    b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    h, m0 = kv * G + tl.program_id(0) % G, (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // G) * BLOCK_M
+    start_ptr += b * T
+    k_ptr, v_ptr = k_ptr + b * T * K * D + kv * D, v_ptr + b * T * K * D + kv * D
+    rows = m0 + tl.arange(0, BLOCK_M)
+    starts = tl.load(start_ptr + rows, rows < T, 0).to(tl.int32)
+    first, full_lo, full_hi, end = _key_tiles(start_ptr, m0, T, BLOCK_M, BLOCK_N)
+    q = _load_rows(q_ptr + b * T * H * D + h * D, m0, T, H * D, BLOCK_M, D, True)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    m = tl.full((BLOCK_M,), -1e38, tl.float32)  # finite: a first tile may hold nothing that a query sees
+    for masked in tl.static_range(1, -1, -1):
+        acc, total, m = _forward_walk(
+            acc,
+            total,
+            m,
+            q,
+            k_ptr,
+            v_ptr,
+            rows,
+            starts,
+            first,
+            full_lo,
+            full_hi,
+            end,
+            T,
+            K * D,
+            D,
+            BLOCK_N,
+            masked == 1,
+        )
+    _store_rows(o_ptr + b * T * H * D + h * D, m0, T, acc / total[:, None], H * D, BLOCK_M, D)
+    tl.store(lse_ptr + (b * H + h) * T + rows, (m + tl.log2(total)) * LN2, rows < T)
+
+
+@_jit
+def _dq_walk(
+    dq, q, do, lse, delta, k_ptr, v_ptr, rows, starts, first, full_lo, full_hi, end, T,
+    STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    scale: tl.constexpr = D**-0.5 * LOG2E
+    for i in range(_steps(first, full_lo, full_hi, end, BLOCK_N, MASKED)):
+        n = _walk(i, first, full_lo, full_hi, BLOCK_N, MASKED)
+        k = _load_rows(k_ptr, n, T, STRIDE, BLOCK_N, D, MASKED)
+        v = _load_rows(v_ptr, n, T, STRIDE, BLOCK_N, D, MASKED)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        if MASKED:
+            p = tl.where(_seen(rows[:, None], (n + tl.arange(0, BLOCK_N))[None, :], starts[:, None]), p, 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@_jit
+def _attention_dq(
+    q_ptr, k_ptr, v_ptr, start_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, delta_ptr, T,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // K
+    b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
+    h, m0 = kv * G + tl.program_id(0) % G, (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // G) * BLOCK_M
+    start_ptr += b * T
+    k_ptr, v_ptr = k_ptr + b * T * K * D + kv * D, v_ptr + b * T * K * D + kv * D
+    mine, scalars = b * T * H * D + h * D, (b * H + h) * T
+    rows = m0 + tl.arange(0, BLOCK_M)
+    starts = tl.load(start_ptr + rows, rows < T, 0).to(tl.int32)
+    first, full_lo, full_hi, end = _key_tiles(start_ptr, m0, T, BLOCK_M, BLOCK_N)
+    q = _load_rows(q_ptr + mine, m0, T, H * D, BLOCK_M, D, True)
+    do = _load_rows(do_ptr + mine, m0, T, H * D, BLOCK_M, D, True)
+    o = _load_rows(o_ptr + mine, m0, T, H * D, BLOCK_M, D, True)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta_ptr + scalars + rows, delta, rows < T)  # the next kernel needs it too
+    lse = tl.load(lse_ptr + scalars + rows, rows < T, 0.0) * LOG2E
+    dq = tl.zeros((BLOCK_M, D), tl.float32)
+    for masked in tl.static_range(1, -1, -1):
+        dq = _dq_walk(
+            dq,
+            q,
+            do,
+            lse,
+            delta,
+            k_ptr,
+            v_ptr,
+            rows,
+            starts,
+            first,
+            full_lo,
+            full_hi,
+            end,
+            T,
+            K * D,
+            D,
+            BLOCK_N,
+            masked == 1,
+        )
+    _store_rows(dq_ptr + mine, m0, T, dq * D**-0.5, H * D, BLOCK_M, D)
+
+
+@_jit
+def _dkdv_walk(
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cols, ends, first, full_lo, full_hi, end, T,
+    G: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    scale: tl.constexpr = D**-0.5 * LOG2E
+    zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
+    steps = _steps(first, full_lo, full_hi, end, BLOCK_M, MASKED)
+    for i in range(steps * G):
+        g, m = i // steps, _walk(i % steps, first, full_lo, full_hi, BLOCK_M, MASKED)
+        rows = m + tl.arange(0, BLOCK_M)
+        q = _load_rows(q_ptr + g * D, m, T, STRIDE, BLOCK_M, D, MASKED)
+        do = _load_rows(do_ptr + g * D, m, T, STRIDE, BLOCK_M, D, MASKED)
+        lse = tl.load(lse_ptr + g.to(tl.int64) * T + rows, rows < T, 0.0)
+        delta = tl.load(delta_ptr + g.to(tl.int64) * T + rows, rows < T, 0.0)
+        # The sums begin at -lse and -delta: subtracted after, both vectors would have to stay in registers meanwhile.
+        start = zeros - (lse * D**0.5)[None, :]
+        if MASKED:
+            start = tl.where((cols[:, None] <= rows[None, :]) & (rows[None, :] < ends[:, None]), start, -float("inf"))
+        p = tl.exp2(tl.dot(k, tl.trans(q), start, input_precision="ieee") * scale)  # (BLOCK_N, BLOCK_M)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * tl.dot(v, tl.trans(do), zeros - delta[None, :], input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@_jit
+def _attention_dkdv(
+    q_ptr, k_ptr, v_ptr, end_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, T,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // K
+    b, kv, n0 = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K, tl.program_id(0) * BLOCK_N
+    first, full_lo, full_hi, end = _query_tiles(end_ptr + b * T, n0, T, BLOCK_M, BLOCK_N)
+    cols = n0 + tl.arange(0, BLOCK_N)
+    ends = tl.load(end_ptr + b * T + cols, cols < T, 0).to(tl.int32)
+    mine, queries, scalars = b * T * K * D + kv * D, b * T * H * D + kv * G * D, (b * H + kv * G) * T
+    k = _load_rows(k_ptr + mine, n0, T, K * D, BLOCK_N, D, True)
+    v = _load_rows(v_ptr + mine, n0, T, K * D, BLOCK_N, D, True)
+    dk = tl.zeros((BLOCK_N, D), tl.float32)
+    dv = tl.zeros((BLOCK_N, D), tl.float32)
+    for masked in tl.static_range(1, -1, -1):
+        dk, dv = _dkdv_walk(
+            dk, dv, k, v, q_ptr + queries, do_ptr + queries, lse_ptr + scalars, delta_ptr + scalars, cols, ends,
+            first, full_lo, full_hi, end, T, G, H * D, D, BLOCK_M, masked == 1,
+        )  # fmt: skip
+    _store_rows(dk_ptr + mine, n0, T, dk * D**-0.5, K * D, BLOCK_N, D)
+    _store_rows(dv_ptr + mine, n0, T, dv, K * D, BLOCK_N, D)
+
+
+@_op("octo::attention")
+def _attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D), k and v (B, T, K, D), doc_start (B, T) → o as q, log-sum-exp of the scores (B, H, T) in fp32."""
+    q, k, v, doc_start = q.contiguous(), k.contiguous(), v.contiguous(), doc_start.contiguous()
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    o, lse, meta = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32), tile("forward", D, q.dtype)
+    grid = (triton.cdiv(T, meta["BLOCK_M"]) * (H // K), B * K)
+    wrap_triton(_attention_forward)[grid](q, k, v, doc_start, o, lse, T, H=H, K=K, D=D, **meta)
+    return o, lse
+
+
+@_op("octo::attention_backward")
+def _attention_grad(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, o: Tensor, lse: Tensor, do: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, do, doc_start = q.contiguous(), k.contiguous(), v.contiguous(), do.contiguous(), doc_start.contiguous()
+    B, T, H, D = q.shape
+    K = k.shape[2]
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    meta = tile("dq", D, q.dtype)
+    grid = (triton.cdiv(T, meta["BLOCK_M"]) * (H // K), B * K)
+    wrap_triton(_attention_dq)[grid](q, k, v, doc_start, o, lse, do, dq, delta, T, H=H, K=K, D=D, **meta)
+    # For each token one past the last token of its document: starts only rise, so it is where they pass the token's index.
+    each = torch.arange(T, device=q.device, dtype=doc_start.dtype).expand(B, T).contiguous()
+    doc_end = torch.searchsorted(doc_start, each, right=True, out_int32=True)
+    meta = tile("dkdv", D, q.dtype)
+    grid = (triton.cdiv(T, meta["BLOCK_N"]), B * K)
+    wrap_triton(_attention_dkdv)[grid](q, k, v, doc_end, lse, do, delta, dk, dv, T, H=H, K=K, D=D, **meta)
+    return dq, dk, dv
+
+
+def _attention_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attention_autograd(ctx, do, _):
+    q, k, v, doc_start, o, lse = ctx.saved_tensors
+    return *torch.ops.octo.attention_backward(q, k, v, doc_start, o, lse, do), None
+
+
+# --------------------------------------------------------------------------------------------------- Decode attention
+#
+# One new query a row against everything in its cache. Each key and value is used by G query heads and then not again, so
+# the time is at least that of reading the cache once; the G heads are in one program so that it is no more. A few long rows
+# would leave most of the chip idle, so a row is cut in pieces of DECODE_SPLIT tokens, each a program, which gives its own
+# weighted mean o_s and log-sum-exp L_s. A second kernel merges them:
+#     o = sum_s exp(L_s - L) o_s,    L = log sum_s exp(L_s).
+# Pieces have a fixed length: were there as many as fill the chip, a row would be rounded differently in other company.
+# The grid covers the longest row that the table can hold, so that no length is read back from the GPU; programs past a
+# row's end return at once, and nothing past it is read.
+
+DECODE_SPLIT = 512
+DECODE_TILES = [
+    (64, 4, 3),
+    (64, 4, 4),
+    (128, 4, 3),
+    (128, 8, 3),
+    (32, 4, 4),
+]  # (BLOCK_N, num_warps, num_stages), the first is used
+
+
+@_jit
+def _load_cache(
+    ptr, table_ptr, n, length, block_len, sb, st, D: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Tokens n … n + BLOCK_N - 1 of a row. ALIGNED: they lie in one block, found with one look into the table."""
+    cols = n + tl.arange(0, BLOCK_N)
+    if ALIGNED:
+        at = tl.load(table_ptr + n // block_len).to(tl.int64) * sb + (cols % block_len)[:, None] * st
+    else:
+        at = (
+            tl.load(table_ptr + cols // block_len, cols < length, 0).to(tl.int64)[:, None] * sb
+            + (cols % block_len)[:, None] * st
+        )
+    x = tl.load(ptr + at + tl.arange(0, D)[None, :], (cols < length)[:, None], 0.0)
+    return x.to(tl.float32) if INTERPRETED else x
+
+
+@_jit
+def _decode_pieces(
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, o_ptr, lse_ptr, blocks, block_len, sb, sh, st,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    G: tl.constexpr = H // K
+    row, kv, piece = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, tl.program_id(1)
+    length = tl.load(lengths_ptr + row).to(tl.int32)
+    if piece * SPLIT >= length:
+        return
+    g, d = tl.arange(0, HEADS), tl.arange(0, D)  # HEADS: G rounded up to what the tensor cores take
+    heads = row * H + kv * G + g
+    q = tl.load(q_ptr + heads[:, None] * D + d[None, :], (g < G)[:, None], 0.0)
+    q = q.to(tl.float32) if INTERPRETED else q
+    table_ptr += row * blocks
+    scale: tl.constexpr = D**-0.5 * LOG2E
+    acc = tl.zeros((HEADS, D), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    m = tl.full((HEADS,), -1e38, tl.float32)
+    for n in range(piece * SPLIT, tl.minimum(piece * SPLIT + SPLIT, length), BLOCK_N):
+        k = _load_cache(k_ptr + kv * sh, table_ptr, n, length, block_len, sb, st, D, BLOCK_N, ALIGNED)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], s, -float("inf"))
+        higher = tl.maximum(m, tl.max(s, 1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        shrink = tl.exp2(m - higher)
+        total, m = total * shrink + tl.sum(p, 1), higher
+        v = _load_cache(v_ptr + kv * sh, table_ptr, n, length, block_len, sb, st, D, BLOCK_N, ALIGNED)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    at = heads * tl.num_programs(1) + piece
+    tl.store(o_ptr + at[:, None] * D + d[None, :], acc / total[:, None], (g < G)[:, None])
+    tl.store(lse_ptr + at, m + tl.log2(total), g < G)
+
+
+@_jit
+def _decode_merge(part_ptr, lse_ptr, lengths_ptr, o_ptr, pieces, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr):
+    at, d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
+    m, total, acc = -1e38, 0.0, tl.zeros((D,), tl.float32)
+    for piece in range(tl.cdiv(tl.load(lengths_ptr + at // H).to(tl.int32), SPLIT)):
+        lse = tl.load(lse_ptr + at * pieces + piece)
+        higher = tl.maximum(m, lse)
+        w, shrink = tl.exp2(lse - higher), tl.exp2(m - higher)
+        acc = acc * shrink + w * tl.load(part_ptr + (at * pieces + piece) * D + d)
+        total, m = total * shrink + w, higher
+    tl.store(o_ptr + at * D + d, (acc / tl.maximum(total, 1e-30)).to(o_ptr.dtype.element_ty))  # an empty row gives 0
+
+
+@_op("octo::decode_attention")
+def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    """q (R, H, D), pools k and v (blocks, K, block_len, D), table (R, n), lengths (R,) → (R, H, D). No backward."""
+    q, table = q.contiguous(), table.contiguous()
+    R, H, D = q.shape
+    K, block_len = k.shape[1:3]
+    assert k.stride() == v.stride() and k.stride(-1) == 1, f"the pools are laid out as {k.stride()} and {v.stride()}"
+    pieces = triton.cdiv(table.shape[1] * block_len, DECODE_SPLIT)
+    part, lse = q.new_empty(R, H, pieces, D, dtype=torch.float32), q.new_empty(R, H, pieces, dtype=torch.float32)
+    (block_n, warps, stages), out = DECODE_TILES[0], torch.empty_like(q)
+    wrap_triton(_decode_pieces)[(R * K, pieces)](
+        q, k, v, table, lengths, part, lse, table.shape[1], block_len, k.stride(0), k.stride(1), k.stride(2),
+        H=H, K=K, D=D, HEADS=max(16, triton.next_power_of_2(H // K)), SPLIT=DECODE_SPLIT,
+        BLOCK_N=block_n, ALIGNED=block_len % block_n == 0, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    wrap_triton(_decode_merge)[(R * H,)](part, lse, lengths, out, pieces, H=H, D=D, SPLIT=DECODE_SPLIT, num_warps=1)
+    return out
+
+
+# ------------------------------------------------------------------------------------- Cross-entropy with projection
+#
+# nll_i = log sum_v exp(z_iv) - z_iy,  z = h W^T / temperature,  y the target. With 128,256 words the logits of 8,192
+# tokens are 2 GiB in bf16, and PyTorch also holds them in fp32, with their softmax: 8 GiB more. Here they exist for one
+# chunk of tokens at a time. One kernel reads a chunk once and leaves nll_i and the log-sum-exp L_i; one overwrites it with
+#     dz_iv = g_i (exp(z_iv - L_i) - [v = y_i]) / temperature,    and then  dh = dz W,    dW = sum of dz^T h over chunks.
+# The products are left to cuBLAS: plain matrix products are what libraries are best at.
+#
+# When is the gradient made? For a loss, a sum over tokens, every g_i is the same number, so the gradient for g = 1 can be
+# made while the chunk is there, and be multiplied later: 3 products. If g_i differ and are known only afterwards (the
+# log-probabilities of GRPO), each chunk is made once more in the backward: 4 products.
+
+CHUNK_NUMBERS = 1 << 28  # logits at a time: 512 MiB in bf16, 2,093 tokens of Llama 3's vocabulary
+
+
+@_jit
+def _nll_forward(logits_ptr, targets_ptr, nll_ptr, lse_ptr, temperature, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    scale = LOG2E / tl.full((), temperature, tl.float32)  # under torch.compile a Python float arrives in fp64
+    logits_ptr += row * V
+    m, total = -1e38, 0.0
+    for v in range(0, V, BLOCK_V):
+        at = v + tl.arange(0, BLOCK_V)
+        z = tl.load(logits_ptr + at, at < V, -float("inf")).to(tl.float32) * scale
+        higher = tl.maximum(m, tl.max(z, 0))
+        total, m = total * tl.exp2(m - higher) + tl.sum(tl.exp2(z - higher), 0), higher
+    lse = (m + tl.log2(total)) * LN2
+    target = tl.load(targets_ptr + row)
+    z = tl.load(logits_ptr + target, target >= 0, 0.0).to(tl.float32) * scale * LN2
+    tl.store(nll_ptr + row, tl.where(target >= 0, lse - z, 0.0))
+    tl.store(lse_ptr + row, lse)
+
+
+@_jit
+def _nll_backward(logits_ptr, targets_ptr, lse_ptr, grad_ptr, temperature, V: tl.constexpr, BLOCK_V: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    temperature = tl.full((), temperature, tl.float32)
+    target = tl.load(targets_ptr + row)
+    grad = tl.where(target >= 0, tl.load(grad_ptr + row), 0.0) / temperature
+    z = tl.load(logits_ptr + row * V + at, at < V, 0.0).to(tl.float32)
+    p = tl.exp2((z / temperature - tl.load(lse_ptr + row)) * LOG2E)
+    dz = grad * (p - tl.where(at == target, 1.0, 0.0))
+    tl.store(logits_ptr + row * V + at, dz.to(logits_ptr.dtype.element_ty), at < V)
+
+
+def _chunks(h: Tensor, weight: Tensor) -> list[tuple[int, int]]:
+    """(begin, end) of each chunk of tokens: as many as CHUNK_NUMBERS logits allow, evenly filled, in multiples of 64."""
+    tokens, vocab = h.shape[0], weight.shape[0]
+    parts = max(1, triton.cdiv(tokens, max(1, CHUNK_NUMBERS // vocab)))
+    size = triton.cdiv(triton.cdiv(tokens, parts), 64) * 64
+    return [(i, min(i + size, tokens)) for i in range(0, tokens, size or 1)]
+
+
+_NLL_BLOCK = dict(BLOCK_V=4096, num_warps=8)
+
+
+@_op("octo::linear_nll")
+def _linear_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """h (N, C), weight (V, C), targets (N,) → negative log-likelihoods and log-sum-exps (N,), in fp32."""
+    N, V = h.shape[0], weight.shape[0]
+    nll, lse = h.new_empty(N, dtype=torch.float32), h.new_empty(N, dtype=torch.float32)
+    for a, b in _chunks(h, weight):
+        logits = h[a:b] @ weight.t()
+        wrap_triton(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_BLOCK)
+    return nll, lse
+
+
+@_op("octo::linear_nll_backward")
+def _linear_nll_grad(
+    h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    V, dh, dw = weight.shape[0], torch.empty_like(h), torch.empty_like(weight) if len(h) else torch.zeros_like(weight)
+    for a, b in _chunks(h, weight):
+        logits = h[a:b] @ weight.t()
+        grid = (b - a, triton.cdiv(V, _NLL_BLOCK["BLOCK_V"]))
+        wrap_triton(_nll_backward)[grid](logits, targets[a:b], lse[a:b], grad[a:b], temperature, V=V, **_NLL_BLOCK)
+        dh[a:b] = logits @ weight
+        dw.addmm_(logits.t(), h[a:b], beta=1 if a else 0)
+    return dh, dw
+
+
+@_op("octo::linear_nll_sum")
+def _linear_nll_sum(
+    h: Tensor, weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum of the negative log-likelihoods (), each of them (N,), and the sum's gradients to h and to weight."""
+    N, V, dh, dw = (
+        h.shape[0],
+        weight.shape[0],
+        torch.empty_like(h),
+        torch.empty_like(weight) if len(h) else torch.zeros_like(weight),
+    )
+    nll, lse = h.new_empty(N, dtype=torch.float32), h.new_empty(N, dtype=torch.float32)
+    one = torch.ones_like(nll)
+    for a, b in _chunks(h, weight):
+        logits = h[a:b] @ weight.t()
+        wrap_triton(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_BLOCK)
+        grid = (b - a, triton.cdiv(V, _NLL_BLOCK["BLOCK_V"]))
+        wrap_triton(_nll_backward)[grid](logits, targets[a:b], lse[a:b], one[a:b], temperature, V=V, **_NLL_BLOCK)
+        dh[a:b] = logits @ weight
+        dw.addmm_(logits.t(), h[a:b], beta=1 if a else 0)
+    return nll.sum(), nll, dh, dw
+
+
+def _linear_nll_context(ctx, inputs, output):
+    h, weight, targets, ctx.temperature = inputs
+    ctx.save_for_backward(h, weight, targets, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _linear_nll_autograd(ctx, grad, _):
+    dh, dw = torch.ops.octo.linear_nll_backward(*ctx.saved_tensors, grad.contiguous(), ctx.temperature)
+    return dh, dw, None, None
+
+
+def _linear_nll_sum_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _linear_nll_sum_autograd(ctx, grad, *_):
+    dh, dw = ctx.saved_tensors
+    return dh * grad, dw * grad, None, None
+
+
+def fused_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float, reduction: str):
+    """Llama.nll() with the kernels: h (B*T, hidden), weight (vocab, hidden), targets (B, T)."""
+    flat, needed = targets.flatten(), torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    if reduction == "sum" and needed:
+        total, nll = torch.ops.octo.linear_nll_sum(h, weight, flat, temperature)[:2]
+        return total, nll.view(targets.shape)
+    nll = torch.ops.octo.linear_nll(h, weight, flat, temperature)[0].view(targets.shape)
+    return nll if reduction == "none" else (nll.sum(), nll.detach())
+
+
+if REGISTERED:
+    _rms_norm.register_autograd(_rms_norm_autograd, setup_context=_rms_norm_context)
+    _attention.register_autograd(_attention_autograd, setup_context=_attention_context)
+    _linear_nll.register_autograd(_linear_nll_autograd, setup_context=_linear_nll_context)
+    _linear_nll_sum.register_autograd(_linear_nll_sum_autograd, setup_context=_linear_nll_sum_context)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints in Hugging Face's layout

@@ -1,0 +1,150 @@
+"""What the kernels' tests and benchmark share: compilation for a GPU that is not there, and exact references in float64."""
+
+import os
+import re
+import subprocess
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled ahead of time: Triton's wheel carries NVIDIA's assembler and disassembler, so this needs no GPU
+
+FP32_POINTERS = {"lse_ptr", "delta_ptr", "part_ptr", "rstd_ptr", "nll_ptr", "grad_ptr", "dw_ptr"}
+INTEGER_POINTERS = {
+    "start_ptr": "*i64", "end_ptr": "*i32", "table_ptr": "*i32", "lengths_ptr": "*i64", "targets_ptr": "*i64",
+}  # fmt: skip
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one program may have (CUDA programming guide)
+
+
+def attention_jobs(capability: int, every: bool = False, head_dims=None) -> list[tuple]:
+    """(name, kernel, constants, warps, stages) of the attention kernels: the tiles that are used, or every one listed."""
+    jobs, kernels = [], dict(forward=model._attention_forward, dq=model._attention_dq, dkdv=model._attention_dkdv)
+    for name, kernel in kernels.items():
+        for D in head_dims or model.TILES[name]:
+            used = tuple(model.tile(name, D, torch.bfloat16, (capability // 10, 0)).values())
+            for m, n, warps, stages in model.TILES[name][D] if every else [used]:
+                constants = dict(H=8, K=2, D=D, BLOCK_M=m, BLOCK_N=n)
+                jobs.append((f"attention {name} {D} {m}x{n}", kernel, constants, warps, stages))
+    return jobs
+
+
+def other_jobs(every: bool = False, widths=(128, 2048, 3072, 4096)) -> list[tuple]:
+    """The same for the other kernels, in the shapes of the 1B and 3B Llama and of a narrow one."""
+    jobs = []
+    for N in widths:
+        meta = model._rows_per_program(N)
+        warps = meta.pop("num_warps")
+        jobs.append((f"rms_norm forward {N}", model._rms_norm_forward, dict(N=N, EPS=1e-5, ADD=True, **meta), warps, 3))
+        jobs.append((f"rms_norm backward {N}", model._rms_norm_backward, dict(N=N, ADD=True, **meta), warps, 3))
+    for H, K, D in ((32, 8, 64), (24, 8, 128)):
+        for n, warps, stages in model.DECODE_TILES if every else model.DECODE_TILES[:1]:
+            constants = dict(H=H, K=K, D=D, HEADS=16, SPLIT=model.DECODE_SPLIT, BLOCK_N=n, ALIGNED=True)
+            jobs.append((f"decode {D} {n}", model._decode_pieces, constants, warps, stages))
+        jobs.append((f"decode merge {D}", model._decode_merge, dict(H=H, D=D, SPLIT=model.DECODE_SPLIT), 1, 3))
+    constants = dict(V=128_256, BLOCK_V=model._NLL_BLOCK["BLOCK_V"])
+    for name, kernel in (("nll forward", model._nll_forward), ("nll backward", model._nll_backward)):
+        jobs.append((name, kernel, constants, model._NLL_BLOCK["num_warps"], 3))
+    return jobs
+
+
+def compile_for(
+    capability: int, kernel, constants: dict, warps: int, stages: int, dtype="bf16", scalar="fp32", ones=False
+):
+    """Triton's compilation for a chip, as a launch with 16-byte aligned tensors and sizes divisible by 16 would do it.
+
+    ones: with sizes that are 1 instead.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, aligned, constants = {}, {}, dict(constants)
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+        elif name == "temperature":
+            signature[name] = scalar
+        elif ones and not name.endswith("_ptr"):
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            fp32 = name in FP32_POINTERS or (kernel is model._decode_pieces and name == "o_ptr")
+            pointer = INTEGER_POINTERS.get(name) or ("*fp32" if fp32 else f"*{dtype}")
+            signature[name] = pointer if name.endswith("_ptr") else "i32"
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, GPUTarget("cuda", capability, 32), dict(num_warps=warps, num_stages=stages))
+
+
+def resources(compiled) -> dict:
+    """Registers a thread, bytes spilled, bytes of shared memory, and the matrix and fp64 instructions of the machine code."""
+    import triton
+
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spill_code": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "shared": compiled.metadata.shared,
+        "matrix": sorted(set(re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", code))),
+        "fp64": sorted(set(re.findall(r"\b(DADD|DMUL|DFMA|DMNMX|DSETP)\b", code))),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inputs and references
+
+
+def guarded(*shape: int, dtype=torch.float32, device="cpu", scale=1.0, seed=0) -> Tensor:
+    """Random numbers with NaN in the memory before and after: whatever reads outside gives itself away."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    n, margin = values.numel(), 4096
+    memory = torch.full((n + 2 * margin,), torch.nan, dtype=dtype, device=device)
+    memory[margin : margin + n] = values.flatten().to(device, dtype)
+    return memory[margin : margin + n].view(shape)
+
+
+def documents(batch: list[list[int]], device="cpu") -> Tensor:
+    """doc_start (B, T) of rows that hold documents of these lengths."""
+    rows = []
+    for lengths in batch:
+        starts = torch.tensor([sum(lengths[:i]) for i in range(len(lengths))])
+        rows.append(starts.repeat_interleave(torch.tensor(lengths)))
+    return torch.stack(rows).to(device)
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor]:
+    """o and log-sum-exp in float64, from the definition."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
+    scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+    scores = scores + model.document_mask(doc_start, torch.float64)
+    return (scores.softmax(-1) @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
+def exact_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    s = x.double() if residual is None else x.double() + residual.double()
+    return s * (s.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double(), s
+
+
+def exact_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    logits = h.double() @ weight.double().t() / temperature
+    return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """Relative distance ‖value - exact‖ / ‖exact‖; NaN never passes a comparison with it."""
+    return ((value.double() - exact).norm() / exact.norm()).item()

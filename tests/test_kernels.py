@@ -1,0 +1,737 @@
+"""The Triton kernels against float64 references: in Triton's interpreter on any machine, and on the GPU where there is one.
+
+TRITON_INTERPRET acts when a kernel is decorated, so the checks run in a process of their own that imports model.py under
+it; so do those that compile. `interpreted(check, ...)` calls a function of this file there.
+"""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import kernel_tools as tools
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_tools import documents, error, guarded
+
+import model as llama
+from model import Llama, LlamaConfig
+
+pytest.importorskip("triton")
+torch.set_num_threads(1)
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# Relative distances allowed: sums of thousands in fp32; probabilities and results rounded to fp16 (2^-11) and bf16 (2^-8,
+# the interpreter cuts off instead of rounding to nearest).
+BAR = {FP32: 2e-6, FP16: 1e-3, BF16: 8e-3}
+
+
+def near(value, exact, bar, name="the result"):
+    distance = error(value, exact)
+    assert distance < bar, f"{name} is {distance:.1e} away, allowed is {bar:.1e}"
+
+
+class Process:
+    """A Python process with an environment of its own that runs functions of this file."""
+
+    def __init__(self, **environment: str):
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        with mock.patch.dict(os.environ, environment):
+            self.pool.submit(prepare).result()
+
+    def __call__(self, check, *args, **kwargs):
+        return self.pool.submit(check, *args, **kwargs).result()
+
+
+def prepare() -> None:
+    """Kernels on CPU tensors too; and whatever torch.empty gives is filled with NaN, so that no result rests on luck."""
+    llama.KERNEL_DEVICES.add("cpu")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+
+
+def _process(**environment):
+    process = Process(**environment)
+    yield process
+    process.pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    yield from _process(TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    yield from _process(OCTO_KERNELS="1")
+
+
+@pytest.fixture(scope="module", params=["interpreter", *(["cuda"] if torch.cuda.is_available() else [])])
+def run(request):
+    """Runs a check, which takes `device`: in the interpreter on a CPU, and on the card where there is one."""
+    if request.param == "cuda":
+        return lambda check, *args, **kwargs: check(*args, device="cuda", **kwargs)
+    return request.getfixturevalue("interpreted")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+# T, heads, KV heads, head_dim, documents of each row. Tiles of 64 and 128: lengths and boundaries lie on and off their edges.
+ATTENTION = [
+    (1, 2, 2, 32, [[1]]),
+    (17, 3, 1, 16, [[17], [1] * 17]),
+    (17, 4, 2, 64, [[5, 1, 11], [1, 16]]),
+    (127, 4, 1, 32, [[127], [63, 64]]),
+    (128, 2, 2, 64, [[64, 64], [128]]),
+    (129, 3, 1, 64, [[64, 1, 64], [128, 1]]),
+    (129, 8, 1, 32, [[1, 127, 1], [65, 64]]),
+    (200, 2, 1, 128, [[200], [30, 100, 1, 69]]),
+    (1000, 2, 1, 64, [[1, 2, 300, 209, 1, 1, 128, 358]]),
+    (1000, 1, 1, 32, [[1000]]),
+]
+
+
+def attention_gradients(q, k, v, doc_start, do):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o, lse = torch.ops.octo.attention(q, k, v, doc_start)
+    return o, lse, torch.autograd.grad(o, (q, k, v), do)
+
+
+def check_attention(case, dtype, scale=1.0, device="cpu"):
+    T, H, K, D, lengths = case
+    doc_start = documents(lengths, device)
+    shapes = [(len(lengths), T, heads, D) for heads in (H, K, K, H)]
+    q, k, v, do = (
+        guarded(*shape, dtype=dtype, device=device, scale=s, seed=i)
+        for i, (shape, s) in enumerate(zip(shapes, (scale, scale, 1.0, 1.0)))
+    )
+    o, lse, gradients = attention_gradients(q, k, v, doc_start, do)
+    assert o.dtype == dtype and lse.dtype == FP32
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    exact_o, exact_lse = tools.exact_attention(*wide, doc_start)
+    exact = torch.autograd.grad(exact_o, wide, do.double())
+    near(lse, exact_lse, 1e-6, "lse")
+    bars = dict.fromkeys(("o", "dq", "dk", "dv"), BAR[dtype])
+    if scale > 1.0:  # scores in the thousands have large errors in any fp32: measure by those of plain PyTorch
+        plain = [x.detach().requires_grad_() for x in (q, k, v)]
+        with mock.patch.object(llama, "KERNEL_DEVICES", set()):
+            reference = llama.attention(*plain, doc_start)
+        reference = (reference, *torch.autograd.grad(reference, plain, do))
+        bars = {name: 3 * error(a, b) for name, a, b in zip(bars, reference, (exact_o, *exact))}
+    for name, a, b in zip(bars, (o, *gradients), (exact_o, *exact)):
+        if b.norm() > 1e-9 * do.norm():
+            near(a, b, bars[name], name)
+        else:  # with one key the softmax is 1, whatever q and k: their gradients are zero but for rounding
+            assert a.abs().max() < 10 * BAR[dtype]
+    again = attention_gradients(q, k, v, doc_start, do)
+    assert all(torch.equal(a, b) for a, b in zip((o, lse, *gradients), (*again[:2], *again[2]))), "not deterministic"
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda c: f"T{c[0]}-H{c[1]}-K{c[2]}-D{c[3]}-{len(c[4][0])}docs")
+def test_attention_kernel(case, dtype, run):
+    if case[0] == 1000 and dtype == FP32 and not torch.cuda.is_available():
+        case = (
+            300,
+            *case[1:4],
+            [[300] if len(case[4][0]) == 1 else [1, 2, 129, 100, 68]],
+        )  # fp32 tiles are small: slow
+    run(check_attention, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_attention_kernel_with_large_magnitudes(dtype, run):
+    """Scores in the thousands: all weight on one key, and exponents that overflow unless the maximum is taken out first."""
+    run(check_attention, (129, 2, 1, 32, [[100, 29]]), dtype, scale=16.0)
+
+
+def check_tiles(device="cpu"):
+    """Every tile in the table gives the same result, and one of a shape that nobody listed."""
+    shape = (200, 2, 1, 64, [[33, 100, 67]])
+    for kernel in llama.TILES:
+        for chosen in [*llama.TILES[kernel][64][1:], (32, 64, 4, 2), (64, 32, 4, 2)]:
+            with mock.patch.dict(llama.TILES[kernel], {64: [chosen]}):
+                check_attention(shape, FP16, device=device)
+
+
+def test_attention_kernel_in_every_tile(run):
+    run(check_tiles)
+
+
+def check_neighbours(device="cpu"):
+    """A row's result has the same bits alone and among others; what lies outside a document does not reach it."""
+    q, k, v = (guarded(3, 150, heads, 32, dtype=FP16, device=device, seed=i) for i, heads in enumerate((4, 2, 2)))
+    doc_start = documents([[150], [70, 80], [1, 149]], device)
+    o, lse, gradients = attention_gradients(q, k, v, doc_start, q)
+    alone = attention_gradients(*(x[1:2].contiguous() for x in (q, k, v)), doc_start[1:2], q[1:2].contiguous())
+    for a, b in zip((o, lse, *gradients), (*alone[:2], *alone[2])):
+        assert torch.equal(a[1:2], b)
+    k2, v2 = k.clone(), v.clone()
+    k2[1, :70], v2[1, :70] = 7.0, torch.nan
+    changed = torch.ops.octo.attention(q, k2, v2.nan_to_num(50.0), doc_start)[0]
+    assert torch.equal(changed[1, 70:], o[1, 70:]) and torch.equal(changed[[0, 2]], o[[0, 2]])
+    assert not torch.equal(changed[1, :70], o[1, :70])
+
+
+def test_attention_kernel_knows_no_neighbours(run):
+    run(check_neighbours)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 40 GB on a GPU")
+def test_attention_kernel_past_two_to_the_31():
+    """Offsets of more than 32 bits: the last documents of a row of 2^20 tokens, against the same ones alone."""
+    T, H, D, n = 2**20, 32, 128, 1024
+    assert T * H * D > 2**31
+    q, k, v = (torch.randn(1, T, heads, D, device="cuda", dtype=BF16) for heads in (H, 8, 8))
+    doc_start = (torch.arange(T, device="cuda") // n * n)[None]
+    o, lse, gradients = attention_gradients(q, k, v, doc_start, q)
+    ends = [x[:, -4 * n :].contiguous() for x in (q, k, v)]
+    alone = attention_gradients(*ends, (torch.arange(4 * n, device="cuda") // n * n)[None], ends[0])
+    for a, b in zip((o, *gradients), (alone[0], *alone[2])):
+        assert torch.equal(a[:, -4 * n :], b)
+    assert torch.equal(lse[:, :, -4 * n :], alone[1])
+
+
+def check_strides(device="cpu"):
+    """Views that are not contiguous, and starts in another integer type."""
+    big = guarded(2, 40, 12, 32, device=device)
+    q, k, v = big[:, :, :4], big[:, :, 4:8:2], big[:, :, 8:10]
+    doc_start = documents([[40], [13, 27]], device)
+    o = torch.ops.octo.attention(q, k, v, doc_start)[0]
+    assert error(o, tools.exact_attention(q, k, v, doc_start)[0]) < BAR[FP32]
+    assert torch.equal(o, torch.ops.octo.attention(q, k, v, doc_start.int())[0])
+    assert torch.equal(llama.attention(q, k, v, doc_start), o)
+    assert torch.equal(llama.attention(q, k, v, None), torch.ops.octo.attention(q, k, v, doc_start * 0)[0])
+
+
+def test_attention_kernel_takes_views(run):
+    run(check_strides)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RMSNorm
+
+
+def check_rms_norm(rows, width, dtype, residual, programs=528, device="cpu"):
+    eps, weight = 1e-5, guarded(width, dtype=FP32 if residual else dtype, device=device, seed=9)
+    x, other, dy, ds = (guarded(*rows, width, dtype=dtype, device=device, scale=3.0, seed=i) for i in range(4))
+    inputs = [x.requires_grad_(), other.requires_grad_(), weight.requires_grad_()]
+    with mock.patch.object(llama, "RMS_PROGRAMS", programs):
+        y, s = llama.rms_norm(x, other if residual else None, weight, eps)
+        assert (
+            (s is x)
+            if not residual
+            else error(s, (x + other).double()) <= (0.004 if (dtype, device) == (BF16, "cpu") else 0)
+        )
+        gradients = torch.autograd.grad((y, s), inputs, (dy, ds), allow_unused=True)
+    wide = [v.detach().double().requires_grad_() for v in inputs]
+    if residual and dtype != FP32:  # the norm is of the rounded sum: let the reference start there
+        wide[0] = s.detach().double().requires_grad_()
+        wide[1] = torch.zeros_like(wide[0], requires_grad=True)
+    exact_y, exact_s = tools.exact_rms_norm(wide[0], wide[1] if residual else None, wide[2], eps)
+    exact = torch.autograd.grad((exact_y, exact_s), wide, (dy.double(), ds.double()), allow_unused=True)
+    near(y, exact_y, BAR[dtype], "y")
+    assert [g is None for g in gradients] == [g is None for g in exact]
+    for name, a, b in zip(("dx", "dresidual", "dweight"), gradients, exact):
+        if b is not None:
+            near(a, b, BAR[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
+@pytest.mark.parametrize("rows, width", [((1,), 128), ((3, 17), 100), ((129,), 32), ((7,), 3072), ((2, 5), 4097)])
+def test_rms_norm_kernel(rows, width, residual, dtype, run):
+    run(check_rms_norm, rows, width, dtype, residual)
+
+
+def test_rms_norm_kernel_whose_programs_take_many_rows(run):
+    """The sum for the weight's gradient, with fewer programs than rows and the last ones idle."""
+    run(check_rms_norm, (1000,), 1000, FP32, True, programs=7)
+
+
+def check_rms_norm_unused(device="cpu"):
+    """Gradients through one output alone."""
+    for pick in (0, 1):
+        x, r, w, grad = (
+            guarded(*shape, device=device, seed=i) for i, shape in enumerate([(5, 64), (5, 64), (64,), (5, 64)])
+        )
+        out = llama.rms_norm(x.requires_grad_(), r.requires_grad_(), w.requires_grad_(), 1e-5)[pick]
+        gradients = torch.autograd.grad(out, (x, r), grad)
+        wide = [v.detach().double().requires_grad_() for v in (x, r)]
+        exact = torch.autograd.grad(tools.exact_rms_norm(*wide, w.double(), 1e-5)[pick], wide, grad.double())
+        for a, b in zip(gradients, exact):
+            near(a, b, BAR[FP32])
+
+
+def test_rms_norm_kernel_when_an_output_is_not_used(run):
+    run(check_rms_norm_unused)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decode attention
+
+
+def paged(lengths, K, D, block_len, dtype, device, extra=3):
+    """Pools, table and the same cache laid out row by row. Blocks in random order; what no row owns is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    need = [-(-n // block_len) for n in lengths]
+    width = max(1, *need)
+    order = torch.randperm(sum(need) + extra, generator=generator)
+    table = torch.full((len(lengths), width), 10**6, dtype=torch.int32)  # never looked up
+    pools = [torch.full((len(order), K, block_len, D), torch.nan) for _ in "kv"]
+    rows = [torch.randn(len(lengths), width * block_len, K, D, generator=generator).to(dtype) for _ in "kv"]
+    at = 0
+    for r, n in enumerate(lengths):
+        table[r, : need[r]] = order[at : at + need[r]]
+        at += need[r]
+        for pool, row in zip(pools, rows):
+            for t in range(n):
+                pool[table[r, t // block_len], :, t % block_len] = row[r, t].float()
+    return [x.to(device, dtype) for x in pools], table.to(device), [x.to(device) for x in rows]
+
+
+def exact_decode(q, k, v, lengths):
+    """From the definition, row by row: k and v (R, L, K, D)."""
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for r, n in enumerate(lengths):
+        if n:
+            starts = torch.zeros(1, n, dtype=torch.int64, device=q.device)
+            last = torch.zeros(1, n, *q.shape[1:], dtype=q.dtype, device=q.device)
+            last[0, -1] = q[r]
+            out[r] = tools.exact_attention(last, k[r : r + 1, :n], v[r : r + 1, :n], starts)[0][0, -1]
+    return out
+
+
+def check_decode(H, K, D, block_len, lengths, dtype, split=512, device="cpu"):
+    (k, v), table, rows = paged(lengths, K, D, block_len, dtype, device)
+    q = guarded(len(lengths), H, D, dtype=dtype, device=device, scale=2.0)
+    n = torch.tensor(lengths, device=device)
+    with mock.patch.object(llama, "DECODE_SPLIT", split):
+        out = llama.decode_attention(q, k, v, table, n)
+        near(out, exact_decode(q, *rows, lengths), BAR[dtype])
+        assert all(not out[r].any() for r in range(len(lengths)) if lengths[r] == 0)
+        for r in range(len(lengths)):  # alone, and with a wider table: the same bits
+            one = llama.decode_attention(q[r : r + 1], k, v, table[r : r + 1], n[r : r + 1])
+            wide = F.pad(table[r : r + 1], (0, 7), value=10**6)
+            assert torch.equal(one[0], out[r])
+            assert torch.equal(llama.decode_attention(q[r : r + 1], k, v, wide, n[r : r + 1])[0], out[r])
+    with mock.patch.object(llama, "KERNEL_DEVICES", set()):
+        reference = llama.decode_attention(q, k, v, table, n)
+    near(reference, exact_decode(q, *rows, lengths), 2 * BAR[dtype], "the reference")
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize(
+    "H, K, D, block_len, lengths",
+    [
+        (4, 4, 32, 16, [1, 16, 17, 0, 5]),
+        (6, 3, 64, 64, [130, 64, 1, 63]),
+        (3, 1, 128, 100, [250, 99, 100, 101]),  # blocks that are no multiple of a tile
+        (8, 2, 16, 1000, [1000, 3]),  # a block as long as a row, as the dense cache has it
+        (16, 2, 64, 128, [200, 128]),
+        (20, 1, 32, 64, [70]),  # more query heads than the 16 that a tile of tensor cores has
+    ],
+)
+def test_decode_attention_kernel(H, K, D, block_len, lengths, dtype, run):
+    run(check_decode, H, K, D, block_len, lengths, dtype)
+
+
+def test_decode_attention_kernel_in_many_pieces(run):
+    run(check_decode, 4, 2, 32, 64, [1, 128, 129, 400, 255, 256, 0], FP32, split=128)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-entropy with the output projection
+
+
+def check_nll(N, C, V, dtype, temperature, chunk, scale=1.0, device="cpu"):
+    h, weight = (guarded(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate([(N, C), (V, C)]))
+    h = (h * scale).detach().requires_grad_()
+    weight.requires_grad_()
+    targets = torch.randint(V, (1, N), generator=torch.Generator().manual_seed(2)).to(device)
+    targets[0, :: max(5, N // 3)] = -1
+    targets[0, -1] = -100
+    grad = guarded(1, N, device=device, seed=3)
+    wide = [x.detach().double().requires_grad_() for x in (h, weight)]
+    exact = tools.exact_nll(*wide, targets[0], temperature)
+    bar = {FP32: 5e-6, FP16: 2e-3, BF16: 2e-2}[dtype]  # the logits and their gradient are rounded to the dtype
+    bar *= scale  # logits in the thousands have errors of 1e-4 in fp32, and so has their softmax
+
+    def compare(gradients, expected):
+        for name, a, b in zip(("dh", "dweight"), gradients, expected):
+            assert b.any() or not a.any()
+            if b.any():
+                near(a, b, bar, name)
+
+    with mock.patch.object(llama, "CHUNK_NUMBERS", chunk):
+        nll = llama.fused_nll(h, weight, targets, temperature, "none")
+        assert nll.shape == (1, N) and nll.dtype == FP32 and not nll[targets < 0].any()
+        if exact.any():
+            near(nll[0], exact, bar, "nll")
+        gradients = torch.autograd.grad(nll, (h, weight), grad)
+        compare(gradients, torch.autograd.grad(exact, wide, grad[0].double(), retain_graph=True))
+        total, each = llama.fused_nll(h, weight, targets, temperature, "sum")
+        assert not each.requires_grad and torch.equal(each, nll) and torch.equal(total, nll.sum())
+        gradients = torch.autograd.grad(total * 0.37, (h, weight))
+        compare(gradients, torch.autograd.grad(exact.sum() * 0.37, wide))
+        with torch.no_grad():
+            again = llama.fused_nll(h, weight, targets, temperature, "sum")
+        assert torch.equal(again[0], total) and torch.equal(again[1], each)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize(
+    "N, C, V, temperature, chunk",
+    [(1, 32, 17, 1.0, 1 << 28), (129, 64, 1000, 0.7, 1 << 28), (300, 32, 129, 1.5, 129 * 64), (130, 16, 5000, 1.0, 1)],
+)
+def test_nll_kernel(N, C, V, temperature, chunk, dtype, run):
+    run(check_nll, N, C, V, dtype, temperature, chunk)
+
+
+def test_nll_kernel_with_large_logits(run):
+    run(check_nll, 65, 64, 300, FP32, 1.0, 1 << 28, scale=300.0)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the largest tensor that any operation returns. (What happens inside a registered operator it does not see.)"""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.nbytes)
+        return out
+
+
+def check_no_tokens(device="cpu"):
+    """A rank may have nothing to do: no tokens, no losses, and gradients of zero."""
+    h, weight = torch.zeros(0, 8, device=device, requires_grad=True), guarded(11, 8, device=device).requires_grad_()
+    for reduction in ("none", "sum"):
+        out = llama.fused_nll(h, weight, torch.zeros(1, 0, dtype=torch.int64, device=device), 1.0, reduction)
+        (out.sum() if reduction == "none" else out[0]).backward()
+        assert weight.grad.shape == (11, 8) and not weight.grad.any()
+
+
+def test_nll_kernel_without_tokens(run):
+    run(check_no_tokens)
+
+
+def check_logits_never_exist(device="cpu"):
+    N, C, V, chunk = 640, 8, 4096, 64 * 4096
+    h = guarded(N, C, device=device).requires_grad_()
+    weight, targets = guarded(V, C, device=device).requires_grad_(), torch.zeros(1, N, dtype=torch.int64, device=device)
+    forward, backward, both = (f._init_fn for f in (llama._linear_nll, llama._linear_nll_grad, llama._linear_nll_sum))
+    with mock.patch.object(llama, "CHUNK_NUMBERS", chunk), torch.no_grad(), Largest() as largest:
+        nll, lse = forward(h, weight, targets[0], 1.0)
+        backward(h, weight, targets[0], lse, nll, 1.0)
+        both(h, weight, targets[0], 1.0)
+    assert 4 * chunk <= largest.bytes < 8 * chunk, (largest.bytes, 4 * N * V)
+
+
+def test_nll_kernel_never_holds_all_logits(run):
+    run(check_logits_never_exist)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model, FSDP2, torch.compile
+
+SMALL = LlamaConfig(61, 2, 64, 4, 2, 32, 96, rope_theta=100.0, max_position=64)
+
+
+def small_llama(config=SMALL, device="cpu") -> Llama:
+    model = Llama(config).init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    return model.to(device)
+
+
+def batch(device="cpu"):
+    tokens, targets = torch.randint(61, (2, 2, 50), generator=torch.Generator().manual_seed(0)).to(device)
+    targets[:, ::7] = -1
+    return tokens, targets, documents([[20, 1, 29], [50]], device)
+
+
+def losses_and_gradients(model, reduction, temperature=1.0):
+    out = model(*batch(next(model.parameters()).device), temperature, reduction=reduction)
+    nll, loss = (out, (out * torch.linspace(-1, 1, 50, device=out.device)).sum()) if reduction == "none" else out[::-1]
+    loss.backward()
+    return nll.detach(), [p.grad for p in model.parameters()]
+
+
+def check_model(config, reduction, device="cpu"):
+    """Losses and gradients of the whole model, kernels against plain PyTorch."""
+    nll, gradients = losses_and_gradients(small_llama(config, device), reduction, 0.9)
+    with mock.patch.object(llama, "KERNEL_DEVICES", set()):
+        exact, expected = losses_and_gradients(small_llama(config, device).double(), reduction, 0.9)
+    assert error(nll, exact.double()) < 1e-5
+    assert all(error(a, b.double()) < 1e-4 for a, b in zip(gradients, expected))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, tie_embeddings=False, head_dim=24, num_kv_heads=1)], ids=["", "24"]
+)
+def test_llama_with_kernels(config, reduction, run):
+    """head_dim 24 has no attention kernel: there the other kernels work beside plain attention."""
+    run(check_model, config, reduction)
+
+
+def check_cache(device="cpu"):
+    """Token by token over the cache, whose kernel is the decode kernel, against the whole text at once."""
+    model, (tokens, _, _) = small_llama(device=device), batch(device)
+    cache = llama.KVCache(SMALL, 3, 64, device=device)
+    with torch.no_grad():
+        whole, parts = model(tokens), []
+        parts.append(model(tokens[:, :7], cache=cache))
+        cache.lengths[:2] += 7
+        for t in range(7, 20):
+            parts.append(model(tokens[:, t : t + 1], cache=cache))
+            cache.lengths[:2] += 1
+    torch.testing.assert_close(torch.cat(parts, 1), whole[:, :20], rtol=1e-4, atol=1e-4)
+
+
+def test_llama_with_kernels_over_the_cache(run):
+    run(check_cache)
+
+
+def check_no_gradient_is_wasted(device="cpu"):
+    """Without gradients, or with weights that need none, the loss is the same."""
+    model, (tokens, targets, doc_start) = small_llama(device=device), batch(device)
+    with torch.no_grad():
+        expected = model(tokens, targets, doc_start)
+    assert not expected.requires_grad
+    for p in model.parameters():
+        p.requires_grad_(False)
+    total, nll = model(tokens, targets, doc_start, reduction="sum")
+    assert torch.equal(nll, expected) and not total.requires_grad
+
+
+def test_llama_with_kernels_without_gradients(run):
+    run(check_no_gradient_is_wasted)
+
+
+def fsdp_rank(rank: int, path: str) -> None:
+    """One of two ranks: the small Llama in FSDP2 shards, its own row of the batch; writes gradients gathered from both."""
+    import torch.distributed as dist
+
+    import midtrain
+
+    prepare()
+    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    model = midtrain.shard(small_llama(), midtrain.World(rank, 2), FP32)
+    tokens, targets, doc_start = (x[rank : rank + 1] for x in batch())
+    total, nll = model(tokens, targets, doc_start, reduction="sum")
+    (total * 2).backward()  # FSDP2 averages over ranks
+    gradients = [p.grad.full_tensor() for p in model.parameters()]
+    if rank == 0:
+        torch.save((nll, gradients), f"{path}/result.pt")
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may outlive the interpreter
+
+
+def test_kernels_under_fsdp2(tmp_path, interpreted):
+    """Two ranks, interpreter: the gradients of one process without kernels."""
+    code = (
+        f"import sys; sys.path[:0] = {[os.getcwd(), os.path.dirname(__file__)]}; import test_kernels as t; t.fsdp_rank"
+    )
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{code}({rank}, {str(tmp_path)!r})"],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    assert [r.wait(timeout=240) for r in ranks] == [0, 0]
+    nll, gradients = torch.load(tmp_path / "result.pt")
+    exact, expected = losses_and_gradients(small_llama(), "sum")
+    assert error(nll, exact[:1].double()) < 1e-5
+    assert all(error(a, b.double()) < 1e-4 for a, b in zip(gradients, expected))
+
+
+def stub_driver() -> None:
+    """torch.compile reads the kernels' intermediate code to see what they write, and asks Triton for which chip."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+
+    if not torch.cuda.is_available():
+        triton.runtime.driver.set_active(Driver())
+
+
+def check_compile(chunk):
+    """One graph forward and one backward for the whole model, with every kernel in them; other documents are no new graph."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.testing import CompileCounter
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._subclasses import FakeTensorMode
+
+    stub_driver()
+    graphs, counter = [], CompileCounter()
+
+    def keep(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    with torch.device("meta"):
+        model = Llama(SMALL)
+    with FakeTensorMode(), mock.patch.object(llama, "CHUNK_NUMBERS", chunk):
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape)) if p is not None else None
+            module._buffers.update({name: torch.empty(b.shape) for name, b in module._buffers.items()})
+        tokens, targets, doc_start = (torch.empty(2, 50, dtype=torch.int64) for _ in range(3))
+        for reduction in ("none", "sum"):
+            compiled = torch.compile(partial(model, reduction=reduction), fullgraph=True, backend=backend)
+            out = compiled(tokens, targets, doc_start, 0.7)
+            (out if reduction == "none" else out[0]).sum().backward()
+            graphs.append(None)
+        again = torch.compile(model, fullgraph=True, backend=counter)
+        for _ in range(3):
+            again(tokens, targets, torch.empty_like(doc_start))
+    assert counter.frame_count == 1
+    return [g and [sum("triton_kernel" in t for t in g), sum("octo" in t for t in g)] for g in graphs]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_kernels_compile_in_one_graph(chunks, compiling):
+    """2 layers: 5 norms, 2 attentions, with two kernels in the backward; a chunk of logits has one kernel each way."""
+    graphs = compiling(check_compile, 61 * 64 if chunks == 2 else 1 << 28)
+    assert graphs == [[7 + chunks, 0], [9 + chunks, 0], None, [7 + 2 * chunks, 0], [9, 0], None]
+
+
+def check_opcheck():
+    """torch's own checks: schema (no aliasing, no hidden mutation), autograd registration, shapes and strides of fakes."""
+    from torch._subclasses import FakeTensor
+    from triton.runtime.interpreter import GridExecutor
+
+    launch = GridExecutor.__call__
+
+    def unless_fake(self, *args, **kwargs):  # the interpreter would run on tensors without data
+        if not any(isinstance(a, FakeTensor) for a in args):
+            return launch(self, *args, **kwargs)
+
+    ops = torch.ops.octo
+    x, w = guarded(6, 40), guarded(40)
+    q, k = guarded(2, 20, 4, 16), guarded(2, 20, 2, 16)
+    starts, targets = documents([[20], [7, 13]]), torch.tensor([0, 5, -1, 2, 3, 10])
+    grad = [t.clone().requires_grad_() for t in (x, x, w, q, k, k)]
+    rms, att = ops.rms_norm(x, x, w, 1e-5), ops.attention(q, k, k.clone(), starts)
+    pool, table = guarded(3, 2, 16, 16), torch.tensor([[0, 2], [1, 1]], dtype=torch.int32)
+    embed = guarded(11, 40, seed=5)
+    nll = ops.linear_nll(x, embed, targets, 1.0)
+    cases = [
+        (ops.rms_norm, (grad[0], grad[1], grad[2], 1e-5)),
+        (ops.rms_norm, (grad[0], None, grad[2], 1e-5)),
+        (ops.rms_norm_backward, (x, x, rms[1], rms[2], w)),
+        (ops.rms_norm_backward, (x, None, rms[1], rms[2], w)),
+        (ops.attention, (grad[3], grad[4], grad[5], starts)),
+        (ops.attention_backward, (q, k, k.clone(), starts, *att, q.clone())),
+        (ops.decode_attention, (q[:, 0], pool, pool.clone(), table, torch.tensor([20, 3]))),
+        (ops.linear_nll, (grad[0], embed.clone().requires_grad_(), targets, 0.7)),
+        (ops.linear_nll_backward, (x, embed, targets, nll[1], nll[0].clone(), 0.7)),
+        (ops.linear_nll_sum, (grad[0], embed.clone().requires_grad_(), targets, 0.7)),
+    ]
+    with mock.patch.object(GridExecutor, "__call__", unless_fake):
+        for op, args in cases:
+            checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+            torch.library.opcheck(op.default, args, test_utils=checks)
+
+
+def test_kernels_pass_opcheck(interpreted):
+    interpreted(check_opcheck)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_pass_opcheck_on_the_card():
+    q, k = (torch.randn(2, 20, n, 16, device="cuda", requires_grad=True) for n in (4, 2))
+    x, w = (torch.randn(*s, device="cuda", requires_grad=True) for s in ((6, 40), (40,)))
+    torch.library.opcheck(
+        torch.ops.octo.attention.default, (q, k, k.detach().clone(), documents([[20], [7, 13]], "cuda"))
+    )
+    torch.library.opcheck(torch.ops.octo.rms_norm.default, (x, None, w, 1e-5))
+    torch.library.opcheck(torch.ops.octo.rms_norm.default, (x, x.detach().clone(), w, 1e-5))
+    targets, embed = (
+        torch.tensor([0, 5, -1, 2, 3, 10], device="cuda"),
+        torch.randn(11, 40, device="cuda", requires_grad=True),
+    )
+    torch.library.opcheck(torch.ops.octo.linear_nll.default, (x, embed, targets, 0.7))
+    torch.library.opcheck(torch.ops.octo.linear_nll_sum.default, (x, embed, targets, 0.7))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled for chips that are not here
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_compiled_for(capability, compiling):
+    """The tiles that are used: no spills on Hopper and at most 64 bytes elsewhere, tensor cores, no fp64 arithmetic."""
+    failures = compiling(compile_all, capability)
+    assert not failures, "\n".join(failures)
+
+
+def compile_all(capability: int) -> list[str]:
+    failures, hopper = [], capability == 90  # for the others the shapes of real models only: it takes a second each
+    head_dims, widths = (None, (128, 2048, 3072, 4096)) if hopper else ((64, 128), (4096,))
+    for name, *job in tools.attention_jobs(capability, head_dims=head_dims) + tools.other_jobs(widths=widths):
+        found = tools.resources(tools.compile_for(capability, *job))
+        matrix = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[capability]
+        matrix = "HMMA" if "decode" in name else matrix  # 16 queries at most: too few for the wide instructions
+        wants_matrix = "attention" in name or ("decode" in name and "merge" not in name)
+        if found["spilled"] > (0 if hopper else 64):
+            failures.append(f"{name} spills {found['spilled']} bytes")
+        if found["shared"] > tools.SHARED_LIMIT[capability]:
+            failures.append(f"{name} needs {found['shared']} bytes of shared memory")
+        if wants_matrix != (matrix in found["matrix"]):
+            failures.append(f"{name} has matrix instructions {found['matrix']}")
+        if found["fp64"]:
+            failures.append(f"{name} has fp64 instructions {found['fp64']}")
+    return failures
+
+
+def compile_ones() -> None:
+    """Triton makes a constant of an integer that is 1: one token, one row, one block a row, blocks of one token."""
+    for _, *job in tools.attention_jobs(90, head_dims=(64,)) + tools.other_jobs(widths=(4096,)):
+        tools.compile_for(90, *job, ones=True)
+
+
+def test_kernels_compiled_for_sizes_of_one(compiling):
+    compiling(compile_ones)
+
+
+def check_fp64_temperature() -> list[str]:
+    """Under torch.compile a Python float arrives in fp64: it is converted, and nothing is computed in fp64."""
+    kernels = (llama._nll_forward, llama._nll_backward)
+    jobs = [tools.compile_for(90, k, dict(V=128_256, BLOCK_V=4096), 8, 3, scalar="fp64") for k in kernels]
+    return [word for job in jobs for word in tools.resources(job)["fp64"]]
+
+
+def test_nll_kernels_compute_nothing_in_fp64(compiling):
+    assert compiling(check_fp64_temperature) == []
+
+
+def test_without_triton_everything_but_the_kernels_runs():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, model
+llama = model.Llama(model.LlamaConfig(11, 1, 16, 2, 1, 8, 16)).init_weights(0)
+tokens = torch.arange(10)[None]
+llama(tokens, tokens).sum().backward()
+assert not model.KERNEL_DEVICES and not model.has_kernels(tokens)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
