@@ -12,8 +12,9 @@ The choices that matter:
    with a bf16 policy the weights arrive in bf16 already and the cast does nothing.
 3. The loss is computed inside `forward`, in chunks of tokens, so that the (tokens x vocabulary) logits of a 128,256-word
    vocabulary never exist at once. Its unit is one number a token: the caller decides what to average over.
-4. Four operations have kernels: RMSNorm with the residual added, attention, attention over the KV cache, and the output
-   projection with cross-entropy. On a GPU they are called in place of the references, with no switch to turn.
+4. Four operations have kernels: RMSNorm with the residual added, attention, attention of one new token over the KV
+   cache, and the output projection with cross-entropy. On a GPU they are called in place of the references, with no
+   switch to turn.
 5. Nothing here knows about GPUs, ranks or optimizers: parallelism is applied from outside (midtrain.py).
 """
 
@@ -122,6 +123,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 
     norm(s) = s / sqrt(mean(s^2) + eps) * weight over the last axis (Zhang & Sennrich 2019), statistics in fp32.
     """
+    assert residual is None or residual.dtype == x.dtype, f"x is {x.dtype}, the residual {residual.dtype}"
     if has_kernels(x):
         y, s, _ = torch.ops.octo.rms_norm(x, residual, weight, eps)
         return y, x if residual is None else s
@@ -184,7 +186,8 @@ def document_mask(doc_start: Tensor, dtype: torch.dtype) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """Causal grouped-query attention inside documents. q (B, T, H, D), k and v (B, T, K, D) → (B, T, H, D).
 
-    doc_start (B, T), or None for one document a row. `mask` is its document_mask(), which all layers share.
+    doc_start (B, T), which never falls along a row, or None for one document a row; `mask`: its document_mask(), which all
+    layers share.
     """
     B, T, H, D = q.shape
     if has_attention_kernel(q):
@@ -208,7 +211,7 @@ HEAD_DIMS = (16, 32, 64, 128)  # that the attention kernels have tiles for; othe
 
 
 def has_attention_kernel(x: Tensor) -> bool:
-    """The same for attention on heads x (.., head_dim)."""
+    """Whether attention on heads x (.., head_dim) has a kernel."""
     return has_kernels(x) and x.shape[-1] in HEAD_DIMS
 
 
@@ -262,7 +265,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Te
     """Attention of one query a row, q (R, H, D), to the row's first `lengths` (R,) tokens in a paged cache → (R, H, D).
 
     k, v: pools of blocks (blocks, K, block_len, D); table (R, n): the blocks of each row, in order. Entries of the table
-    past a row's length are not read, nor are tokens past it. A row of length 0 gives 0. No gradient.
+    past a row's length are not read, nor are tokens past it. A row of length 0 gives 0. The kernel has no backward.
     """
     if has_attention_kernel(q):
         return torch.ops.octo.decode_attention(q, k, v, table, lengths)
@@ -392,7 +395,8 @@ class Llama(nn.Module):
 
         The likelihoods are of logits / temperature; targets below 0 are ignored and give 0. doc_start (B, T) holds the
         index, within the row, of the first token of each token's document; None means one document a row. With reduction
-        "sum" → (their sum (), all of them (B, T) without gradient), for whose gradient a GPU does a quarter less work.
+        "sum" → (their sum (), all of them (B, T) without gradient): on a GPU that saves one of four products with the
+        vocabulary.
         """
         h = self.hidden(tokens, doc_start, cache)
         return self.logits(h) if targets is None else self.nll(h, targets, temperature, reduction)
@@ -485,9 +489,9 @@ LOGITS_BUDGET = 1 << 25  # numbers: 128 MiB in fp32, 261 tokens of Llama 3's voc
 #
 # A Triton program computes one tile of the output. What costs time is main memory: while one byte comes from there, an
 # H200 does some 200 bf16 operations. So each kernel below is a way of not going there: what was loaded is used for
-# everything that needs it, while it is in registers. Sums are in fp32, in an order that depends on shapes alone (no
-# atomics), so the same input gives the same bits. Whatever can change from step to step (lengths of documents, rows in a
-# cache) is read from tensors, so nothing is compiled twice. Tensors are those of the current CUDA device.
+# everything that needs it, while it is in registers. Sums are in fp32 (but one, said where it is), in an order that depends
+# on shapes alone, without atomics: the same input gives the same bits. Whatever changes from step to step (lengths of
+# documents, rows in a cache) is read from tensors, so nothing is compiled twice. Tensors are those of the current device.
 #
 # Every kernel sits in a torch.library.triton_op: torch.compile looks into it, autograd knows its backward, and no output
 # aliases an input. TRITON_INTERPRET=1 runs them on a CPU, for tests; the interpreter's bf16 arithmetic is wrong, so there
@@ -529,8 +533,10 @@ TILES = {
         128: [(64, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 3)],
     },
 }
-# Chips before Hopper take operands through registers, and some have only 100 KB of shared memory.
-SMALL_TILES = {("forward", 128): (128, 64, 8, 2), ("dq", 128): (64, 64, 4, 2), ("dkdv", 128): (32, 128, 8, 3)}
+# Other chips than Hopper's and the large Blackwell's take operands through registers, and some have 100 KB of shared memory.
+SMALL_TILES = {
+    ("forward", 128): (128, 32, 8, 3), ("dq", 32): (64, 64, 4, 3), ("dq", 128): (64, 64, 4, 2), ("dkdv", 128): (64, 64, 8, 2),
+}  # fmt: skip
 FP32_TILE = (32, 32, 8, 2)  # exact products on the ordinary units: for tests and small models
 
 
@@ -538,6 +544,7 @@ def tile(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, 
     """The tile that is used, as arguments of a launch. `capability`: the GPU's, found out if not given."""
     if capability is None:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    head_dim = int(head_dim)  # a symbol under torch.compile(dynamic=True), which is no key
     chosen = TILES[kernel][head_dim][0]
     if dtype == torch.float32:
         chosen = FP32_TILE
@@ -617,7 +624,7 @@ def _rms_norm_backward(
 @_op("octo::rms_norm")
 def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x + residual) and x + residual, as x; 1 / rms (rows,) in fp32. Without a residual the second is empty."""
-    x, N = x.contiguous(), x.shape[-1]
+    x, weight, N = x.contiguous(), weight.contiguous(), x.shape[-1]
     rows, y, rstd = x.numel() // N, torch.empty_like(x), x.new_empty(x.numel() // N, dtype=torch.float32)
     add = residual is not None
     total, residual = (torch.empty_like(x), residual.contiguous()) if add else (x.new_empty(0), x)
@@ -630,7 +637,7 @@ def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) ->
 
 @_op("octo::rms_norm_backward")
 def _rms_norm_grad(dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    x, dy, N = x.contiguous(), dy.contiguous(), x.shape[-1]
+    x, dy, weight, N = x.contiguous(), dy.contiguous(), weight.contiguous(), x.shape[-1]
     rows, dx, meta, add = rstd.numel(), torch.empty_like(x), _rows_per_program(N), dsum is not None
     programs = min(RMS_PROGRAMS, triton.cdiv(rows, meta["BLOCK_R"]))
     dw = x.new_empty(programs, N, dtype=torch.float32)
@@ -643,6 +650,7 @@ def _rms_norm_context(ctx, inputs, output):
     x, residual, weight, _ = inputs
     ctx.add = residual is not None
     ctx.save_for_backward(output[1] if ctx.add else x, output[2], weight)
+    ctx.mark_non_differentiable(output[2])
 
 
 def _rms_norm_autograd(ctx, dy, dsum, _):
@@ -716,6 +724,14 @@ def _query_tiles(end_ptr, n, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @_jit
+def _query_program(T, H: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What a program with queries works on: row of the batch, KV head, head, first query (the last tiles come first)."""
+    G: tl.constexpr = H // K
+    b, kv, at = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K, tl.program_id(0)
+    return b, kv, kv * G + at % G, (tl.cdiv(T, BLOCK_M) - 1 - at // G) * BLOCK_M
+
+
+@_jit
 def _walk(i, first, full_lo, full_hi, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Where tile i of a walk begins. Masked: those before full_lo, then those from full_hi on; else those between."""
     if MASKED:
@@ -760,9 +776,7 @@ def _attention_forward(
     q_ptr, k_ptr, v_ptr, start_ptr, o_ptr, lse_ptr, T,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    G: tl.constexpr = H // K
-    b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    h, m0 = kv * G + tl.program_id(0) % G, (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // G) * BLOCK_M
+    b, kv, h, m0 = _query_program(T, H, K, BLOCK_M)
     start_ptr += b * T
     k_ptr, v_ptr = k_ptr + b * T * K * D + kv * D, v_ptr + b * T * K * D + kv * D
     rows = m0 + tl.arange(0, BLOCK_M)
@@ -774,24 +788,9 @@ def _attention_forward(
     m = tl.full((BLOCK_M,), -1e38, tl.float32)  # finite: a first tile may hold nothing that a query sees
     for masked in tl.static_range(1, -1, -1):
         acc, total, m = _forward_walk(
-            acc,
-            total,
-            m,
-            q,
-            k_ptr,
-            v_ptr,
-            rows,
-            starts,
-            first,
-            full_lo,
-            full_hi,
-            end,
-            T,
-            K * D,
-            D,
-            BLOCK_N,
-            masked == 1,
-        )
+            acc, total, m, q, k_ptr, v_ptr, rows, starts, first, full_lo, full_hi, end, T,
+            K * D, D, BLOCK_N, masked == 1,
+        )  # fmt: skip
     _store_rows(o_ptr + b * T * H * D + h * D, m0, T, acc / total[:, None], H * D, BLOCK_M, D)
     tl.store(lse_ptr + (b * H + h) * T + rows, (m + tl.log2(total)) * LN2, rows < T)
 
@@ -819,9 +818,7 @@ def _attention_dq(
     q_ptr, k_ptr, v_ptr, start_ptr, o_ptr, lse_ptr, do_ptr, dq_ptr, delta_ptr, T,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    G: tl.constexpr = H // K
-    b, kv = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    h, m0 = kv * G + tl.program_id(0) % G, (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // G) * BLOCK_M
+    b, kv, h, m0 = _query_program(T, H, K, BLOCK_M)
     start_ptr += b * T
     k_ptr, v_ptr = k_ptr + b * T * K * D + kv * D, v_ptr + b * T * K * D + kv * D
     mine, scalars = b * T * H * D + h * D, (b * H + h) * T
@@ -837,25 +834,9 @@ def _attention_dq(
     dq = tl.zeros((BLOCK_M, D), tl.float32)
     for masked in tl.static_range(1, -1, -1):
         dq = _dq_walk(
-            dq,
-            q,
-            do,
-            lse,
-            delta,
-            k_ptr,
-            v_ptr,
-            rows,
-            starts,
-            first,
-            full_lo,
-            full_hi,
-            end,
-            T,
-            K * D,
-            D,
-            BLOCK_N,
-            masked == 1,
-        )
+            dq, q, do, lse, delta, k_ptr, v_ptr, rows, starts, first, full_lo, full_hi, end, T,
+            K * D, D, BLOCK_N, masked == 1,
+        )  # fmt: skip
     _store_rows(dq_ptr + mine, m0, T, dq * D**-0.5, H * D, BLOCK_M, D)
 
 
@@ -879,8 +860,9 @@ def _dkdv_walk(
         if MASKED:
             start = tl.where((cols[:, None] <= rows[None, :]) & (rows[None, :] < ends[:, None]), start, -float("inf"))
         p = tl.exp2(tl.dot(k, tl.trans(q), start, input_precision="ieee") * scale)  # (BLOCK_N, BLOCK_M)
+        dp = tl.dot(v, tl.trans(do), zeros - delta[None, :], input_precision="ieee")
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * tl.dot(v, tl.trans(do), zeros - delta[None, :], input_precision="ieee")
+        ds = p * dp
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -915,6 +897,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> tuple[Tens
     q, k, v, doc_start = q.contiguous(), k.contiguous(), v.contiguous(), doc_start.contiguous()
     B, T, H, D = q.shape
     K = k.shape[2]
+    assert B * K < 65_536, f"{B} rows x {K} KV heads: more than a launch's second axis holds"
     o, lse, meta = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32), tile("forward", D, q.dtype)
     grid = (triton.cdiv(T, meta["BLOCK_M"]) * (H // K), B * K)
     wrap_triton(_attention_forward)[grid](q, k, v, doc_start, o, lse, T, H=H, K=K, D=D, **meta)
@@ -981,10 +964,8 @@ def _load_cache(
     if ALIGNED:
         at = tl.load(table_ptr + n // block_len).to(tl.int64) * sb + (cols % block_len)[:, None] * st
     else:
-        at = (
-            tl.load(table_ptr + cols // block_len, cols < length, 0).to(tl.int64)[:, None] * sb
-            + (cols % block_len)[:, None] * st
-        )
+        block = tl.load(table_ptr + cols // block_len, cols < length, 0)
+        at = block.to(tl.int64)[:, None] * sb + (cols % block_len)[:, None] * st
     x = tl.load(ptr + at + tl.arange(0, D)[None, :], (cols < length)[:, None], 0.0)
     return x.to(tl.float32) if INTERPRETED else x
 
@@ -997,7 +978,7 @@ def _decode_pieces(
 ):  # fmt: skip
     G: tl.constexpr = H // K
     row, kv, piece = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K, tl.program_id(1)
-    length = tl.load(lengths_ptr + row).to(tl.int32)
+    length = tl.minimum(tl.load(lengths_ptr + row).to(tl.int32), blocks * block_len)
     if piece * SPLIT >= length:
         return
     g, d = tl.arange(0, HEADS), tl.arange(0, D)  # HEADS: G rounded up to what the tensor cores take
@@ -1010,14 +991,14 @@ def _decode_pieces(
     total = tl.zeros((HEADS,), tl.float32)
     m = tl.full((HEADS,), -1e38, tl.float32)
     for n in range(piece * SPLIT, tl.minimum(piece * SPLIT + SPLIT, length), BLOCK_N):
-        k = _load_cache(k_ptr + kv * sh, table_ptr, n, length, block_len, sb, st, D, BLOCK_N, ALIGNED)
+        k = _load_cache(k_ptr + kv.to(tl.int64) * sh, table_ptr, n, length, block_len, sb, st, D, BLOCK_N, ALIGNED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = tl.where((n + tl.arange(0, BLOCK_N) < length)[None, :], s, -float("inf"))
         higher = tl.maximum(m, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(m - higher)
         total, m = total * shrink + tl.sum(p, 1), higher
-        v = _load_cache(v_ptr + kv * sh, table_ptr, n, length, block_len, sb, st, D, BLOCK_N, ALIGNED)
+        v = _load_cache(v_ptr + kv.to(tl.int64) * sh, table_ptr, n, length, block_len, sb, st, D, BLOCK_N, ALIGNED)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     at = heads * tl.num_programs(1) + piece
     tl.store(o_ptr + at[:, None] * D + d[None, :], acc / total[:, None], (g < G)[:, None])
@@ -1028,7 +1009,7 @@ def _decode_pieces(
 def _decode_merge(part_ptr, lse_ptr, lengths_ptr, o_ptr, pieces, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr):
     at, d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
     m, total, acc = -1e38, 0.0, tl.zeros((D,), tl.float32)
-    for piece in range(tl.cdiv(tl.load(lengths_ptr + at // H).to(tl.int32), SPLIT)):
+    for piece in range(tl.minimum(tl.cdiv(tl.load(lengths_ptr + at // H).to(tl.int32), SPLIT), pieces)):
         lse = tl.load(lse_ptr + at * pieces + piece)
         higher = tl.maximum(m, lse)
         w, shrink = tl.exp2(lse - higher), tl.exp2(m - higher)
@@ -1040,7 +1021,7 @@ def _decode_merge(part_ptr, lse_ptr, lengths_ptr, o_ptr, pieces, H: tl.constexpr
 @_op("octo::decode_attention")
 def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
     """q (R, H, D), pools k and v (blocks, K, block_len, D), table (R, n), lengths (R,) → (R, H, D). No backward."""
-    q, table = q.contiguous(), table.contiguous()
+    q, table, lengths = q.contiguous(), table.contiguous(), lengths.contiguous()
     R, H, D = q.shape
     K, block_len = k.shape[1:3]
     assert k.stride() == v.stride() and k.stride(-1) == 1, f"the pools are laid out as {k.stride()} and {v.stride()}"
@@ -1066,9 +1047,11 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: T
 #
 # When is the gradient made? For a loss, a sum over tokens, every g_i is the same number, so the gradient for g = 1 can be
 # made while the chunk is there, and be multiplied later: 3 products. If g_i differ and are known only afterwards (the
-# log-probabilities of GRPO), each chunk is made once more in the backward: 4 products.
+# log-probabilities of GRPO), the logits are made once more in the backward: 4 products. There chunks can be of words
+# and not of tokens, as L_i is known.
 
 CHUNK_NUMBERS = 1 << 28  # logits at a time: 512 MiB in bf16, 2,093 tokens of Llama 3's vocabulary
+_NLL_BLOCK = dict(BLOCK_V=4096, num_warps=8)
 
 
 @_jit
@@ -1084,40 +1067,40 @@ def _nll_forward(logits_ptr, targets_ptr, nll_ptr, lse_ptr, temperature, V: tl.c
         total, m = total * tl.exp2(m - higher) + tl.sum(tl.exp2(z - higher), 0), higher
     lse = (m + tl.log2(total)) * LN2
     target = tl.load(targets_ptr + row)
-    z = tl.load(logits_ptr + target, target >= 0, 0.0).to(tl.float32) * scale * LN2
-    tl.store(nll_ptr + row, tl.where(target >= 0, lse - z, 0.0))
+    z = tl.load(logits_ptr + target, (target >= 0) & (target < V), float("nan")).to(tl.float32) * scale * LN2
+    tl.store(nll_ptr + row, tl.where(target >= 0, lse - z, 0.0))  # NaN for a target that is no word
     tl.store(lse_ptr + row, lse)
 
 
 @_jit
-def _nll_backward(logits_ptr, targets_ptr, lse_ptr, grad_ptr, temperature, V: tl.constexpr, BLOCK_V: tl.constexpr):
+def _nll_backward(
+    logits_ptr, targets_ptr, lse_ptr, grad_ptr, temperature, first, width, SAME: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """Logits of words first … first + width - 1 → their gradients, in place. SAME: grad is one number for all tokens."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     temperature = tl.full((), temperature, tl.float32)
     target = tl.load(targets_ptr + row)
-    grad = tl.where(target >= 0, tl.load(grad_ptr + row), 0.0) / temperature
-    z = tl.load(logits_ptr + row * V + at, at < V, 0.0).to(tl.float32)
+    grad = tl.where(target >= 0, 1.0 if SAME else tl.load(grad_ptr + row), 0.0) / temperature
+    z = tl.load(logits_ptr + row * width + at, at < width, 0.0).to(tl.float32)
     p = tl.exp2((z / temperature - tl.load(lse_ptr + row)) * LOG2E)
-    dz = grad * (p - tl.where(at == target, 1.0, 0.0))
-    tl.store(logits_ptr + row * V + at, dz.to(logits_ptr.dtype.element_ty), at < V)
+    dz = grad * (p - tl.where(first + at == target, 1.0, 0.0))
+    tl.store(logits_ptr + row * width + at, dz.to(logits_ptr.dtype.element_ty), at < width)
 
 
-def _chunks(h: Tensor, weight: Tensor) -> list[tuple[int, int]]:
-    """(begin, end) of each chunk of tokens: as many as CHUNK_NUMBERS logits allow, evenly filled, in multiples of 64."""
-    tokens, vocab = h.shape[0], weight.shape[0]
-    parts = max(1, triton.cdiv(tokens, max(1, CHUNK_NUMBERS // vocab)))
-    size = triton.cdiv(triton.cdiv(tokens, parts), 64) * 64
-    return [(i, min(i + size, tokens)) for i in range(0, tokens, size or 1)]
-
-
-_NLL_BLOCK = dict(BLOCK_V=4096, num_warps=8)
+def _chunks(n: int, width: int) -> list[tuple[int, int]]:
+    """(begin, end) of even parts of n rows of logits: CHUNK_NUMBERS at most in each, whole multiples of 64 rows."""
+    most = max(1, CHUNK_NUMBERS // max(1, width) // 64) * 64
+    parts = max(1, triton.cdiv(n, most))
+    size = max(1, triton.cdiv(triton.cdiv(n, parts), 64)) * 64
+    return [(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 @_op("octo::linear_nll")
 def _linear_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """h (N, C), weight (V, C), targets (N,) → negative log-likelihoods and log-sum-exps (N,), in fp32."""
-    N, V = h.shape[0], weight.shape[0]
+    targets, N, V = targets.contiguous(), h.shape[0], weight.shape[0]
     nll, lse = h.new_empty(N, dtype=torch.float32), h.new_empty(N, dtype=torch.float32)
-    for a, b in _chunks(h, weight):
+    for a, b in _chunks(N, V):
         logits = h[a:b] @ weight.t()
         wrap_triton(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_BLOCK)
     return nll, lse
@@ -1127,14 +1110,17 @@ def _linear_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
 def _linear_nll_grad(
     h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    V, dh, dw = weight.shape[0], torch.empty_like(h), torch.empty_like(weight) if len(h) else torch.zeros_like(weight)
-    for a, b in _chunks(h, weight):
-        logits = h[a:b] @ weight.t()
-        grid = (b - a, triton.cdiv(V, _NLL_BLOCK["BLOCK_V"]))
-        wrap_triton(_nll_backward)[grid](logits, targets[a:b], lse[a:b], grad[a:b], temperature, V=V, **_NLL_BLOCK)
-        dh[a:b] = logits @ weight
-        dw.addmm_(logits.t(), h[a:b], beta=1 if a else 0)
-    return dh, dw
+    """Gradients to h and weight, `grad` (N,) being those of the losses. In chunks of words: each row of dW is made once."""
+    targets, lse, grad, N = targets.contiguous(), lse.contiguous(), grad.contiguous(), h.shape[0]
+    dh, dw = h.new_zeros(h.shape, dtype=torch.float32), torch.empty_like(weight)
+    for a, b in _chunks(weight.shape[0], N):
+        logits = h @ weight[a:b].t()
+        wrap_triton(_nll_backward)[(N, triton.cdiv(b - a, _NLL_BLOCK["BLOCK_V"]))](
+            logits, targets, lse, grad, temperature, a, b - a, SAME=False, **_NLL_BLOCK
+        )
+        dh += logits @ weight[a:b]
+        dw[a:b] = logits.t() @ h
+    return dh.to(h.dtype), dw
 
 
 @_op("octo::linear_nll_sum")
@@ -1142,22 +1128,23 @@ def _linear_nll_sum(
     h: Tensor, weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the negative log-likelihoods (), each of them (N,), and the sum's gradients to h and to weight."""
-    N, V, dh, dw = (
-        h.shape[0],
-        weight.shape[0],
-        torch.empty_like(h),
-        torch.empty_like(weight) if len(h) else torch.zeros_like(weight),
-    )
+    targets, N, V = targets.contiguous(), h.shape[0], weight.shape[0]
     nll, lse = h.new_empty(N, dtype=torch.float32), h.new_empty(N, dtype=torch.float32)
-    one = torch.ones_like(nll)
-    for a, b in _chunks(h, weight):
+    chunks, dh = _chunks(N, V), torch.empty_like(h)
+    # dW is a sum over chunks. A few are added in its own dtype, which has room; more would add up rounding errors of bf16.
+    dw = weight.new_zeros(weight.shape, dtype=weight.dtype if len(chunks) <= 4 else torch.float32)
+    for a, b in chunks:
         logits = h[a:b] @ weight.t()
         wrap_triton(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_BLOCK)
-        grid = (b - a, triton.cdiv(V, _NLL_BLOCK["BLOCK_V"]))
-        wrap_triton(_nll_backward)[grid](logits, targets[a:b], lse[a:b], one[a:b], temperature, V=V, **_NLL_BLOCK)
+        wrap_triton(_nll_backward)[(b - a, triton.cdiv(V, _NLL_BLOCK["BLOCK_V"]))](
+            logits, targets[a:b], lse[a:b], lse, temperature, 0, V, SAME=True, **_NLL_BLOCK
+        )
         dh[a:b] = logits @ weight
-        dw.addmm_(logits.t(), h[a:b], beta=1 if a else 0)
-    return nll.sum(), nll, dh, dw
+        if dw.dtype == weight.dtype:
+            dw.addmm_(logits.t(), h[a:b])
+        else:
+            dw += logits.t() @ h[a:b]
+    return nll.sum(), nll, dh, dw.to(weight.dtype)
 
 
 def _linear_nll_context(ctx, inputs, output):
@@ -1167,7 +1154,7 @@ def _linear_nll_context(ctx, inputs, output):
 
 
 def _linear_nll_autograd(ctx, grad, _):
-    dh, dw = torch.ops.octo.linear_nll_backward(*ctx.saved_tensors, grad.contiguous(), ctx.temperature)
+    dh, dw = torch.ops.octo.linear_nll_backward(*ctx.saved_tensors, grad, ctx.temperature)
     return dh, dw, None, None
 
 

@@ -112,7 +112,8 @@ def check_attention(case, dtype, scale=1.0, device="cpu"):
         guarded(*shape, dtype=dtype, device=device, scale=s, seed=i)
         for i, (shape, s) in enumerate(zip(shapes, (scale, scale, 1.0, 1.0)))
     )
-    o, lse, gradients = attention_gradients(q, k, v, doc_start, do)
+    with tools.canaries():
+        o, lse, gradients = attention_gradients(q, k, v, doc_start, do)
     assert o.dtype == dtype and lse.dtype == FP32
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     exact_o, exact_lse = tools.exact_attention(*wide, doc_start)
@@ -166,7 +167,7 @@ def test_attention_kernel_in_every_tile(run):
 
 
 def check_neighbours(device="cpu"):
-    """A row's result has the same bits alone and among others; what lies outside a document does not reach it."""
+    """A row's result has the same bits alone and among others; finite numbers outside a document do not reach it."""
     q, k, v = (guarded(3, 150, heads, 32, dtype=FP16, device=device, seed=i) for i, heads in enumerate((4, 2, 2)))
     doc_start = documents([[150], [70, 80], [1, 149]], device)
     o, lse, gradients = attention_gradients(q, k, v, doc_start, q)
@@ -174,8 +175,8 @@ def check_neighbours(device="cpu"):
     for a, b in zip((o, lse, *gradients), (*alone[:2], *alone[2])):
         assert torch.equal(a[1:2], b)
     k2, v2 = k.clone(), v.clone()
-    k2[1, :70], v2[1, :70] = 7.0, torch.nan
-    changed = torch.ops.octo.attention(q, k2, v2.nan_to_num(50.0), doc_start)[0]
+    k2[1, :70], v2[1, :70] = 7.0, 50.0
+    changed = torch.ops.octo.attention(q, k2, v2, doc_start)[0]
     assert torch.equal(changed[1, 70:], o[1, 70:]) and torch.equal(changed[[0, 2]], o[[0, 2]])
     assert not torch.equal(changed[1, :70], o[1, :70])
 
@@ -223,7 +224,7 @@ def check_rms_norm(rows, width, dtype, residual, programs=528, device="cpu"):
     eps, weight = 1e-5, guarded(width, dtype=FP32 if residual else dtype, device=device, seed=9)
     x, other, dy, ds = (guarded(*rows, width, dtype=dtype, device=device, scale=3.0, seed=i) for i in range(4))
     inputs = [x.requires_grad_(), other.requires_grad_(), weight.requires_grad_()]
-    with mock.patch.object(llama, "RMS_PROGRAMS", programs):
+    with mock.patch.object(llama, "RMS_PROGRAMS", programs), tools.canaries():
         y, s = llama.rms_norm(x, other if residual else None, weight, eps)
         assert (
             (s is x)
@@ -313,7 +314,7 @@ def check_decode(H, K, D, block_len, lengths, dtype, split=512, device="cpu"):
     (k, v), table, rows = paged(lengths, K, D, block_len, dtype, device)
     q = guarded(len(lengths), H, D, dtype=dtype, device=device, scale=2.0)
     n = torch.tensor(lengths, device=device)
-    with mock.patch.object(llama, "DECODE_SPLIT", split):
+    with mock.patch.object(llama, "DECODE_SPLIT", split), tools.canaries():
         out = llama.decode_attention(q, k, v, table, n)
         near(out, exact_decode(q, *rows, lengths), BAR[dtype])
         assert all(not out[r].any() for r in range(len(lengths)) if lengths[r] == 0)
@@ -370,7 +371,7 @@ def check_nll(N, C, V, dtype, temperature, chunk, scale=1.0, device="cpu"):
             if b.any():
                 near(a, b, bar, name)
 
-    with mock.patch.object(llama, "CHUNK_NUMBERS", chunk):
+    with mock.patch.object(llama, "CHUNK_NUMBERS", chunk), tools.canaries():
         nll = llama.fused_nll(h, weight, targets, temperature, "none")
         assert nll.shape == (1, N) and nll.dtype == FP32 and not nll[targets < 0].any()
         if exact.any():
@@ -389,7 +390,7 @@ def check_nll(N, C, V, dtype, temperature, chunk, scale=1.0, device="cpu"):
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 @pytest.mark.parametrize(
     "N, C, V, temperature, chunk",
-    [(1, 32, 17, 1.0, 1 << 28), (129, 64, 1000, 0.7, 1 << 28), (300, 32, 129, 1.5, 129 * 64), (130, 16, 5000, 1.0, 1)],
+    [(1, 32, 17, 1.0, 1 << 28), (129, 64, 1000, 0.7, 1 << 28), (300, 32, 129, 1.5, 129 * 64), (130, 16, 600, 1.0, 1)],
 )
 def test_nll_kernel(N, C, V, temperature, chunk, dtype, run):
     run(check_nll, N, C, V, dtype, temperature, chunk)
@@ -412,6 +413,51 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
+def check_odd_inputs(device="cpu"):
+    """Vectors that are every second number of another; a target that is no word; dtypes that differ."""
+    h, weight, targets = (
+        guarded(6, 32, device=device),
+        guarded(11, 32, device=device),
+        torch.arange(12, device=device)[::2],
+    )
+    nll = torch.ops.octo.linear_nll(h, weight, targets, 1.0)[0]
+    near(nll, tools.exact_nll(h, weight, targets, 1.0), BAR[FP32])
+    wrong = torch.ops.octo.linear_nll(h, weight, torch.tensor([0, 1, 11, 3, 10**6, -1], device=device), 1.0)[0]
+    assert wrong.isnan().tolist() == [False, False, True, False, True, False]
+    norm = guarded(64, device=device)[::2]
+    near(llama.rms_norm(h, None, norm, 1e-5)[0], tools.exact_rms_norm(h, None, norm, 1e-5)[0], BAR[FP32])
+    with pytest.raises(AssertionError, match="residual"):
+        llama.rms_norm(h.to(BF16), h, norm, 1e-5)
+    (k, v), table, rows = paged([5, 20], 2, 16, 16, FP32, device)
+    lengths = torch.tensor([5, 99, 20, 99], device=device)[::2]
+    q = guarded(2, 4, 16, device=device)
+    near(llama.decode_attention(q, k, v, table, lengths), exact_decode(q, *rows, [5, 20]), BAR[FP32])
+    (k, v), table, rows = paged([16, 32], 2, 16, 16, FP32, device)
+    longer = torch.tensor([16, 10**6], device=device)  # than the table: read to its end
+    near(llama.decode_attention(q, k, v, table, longer), exact_decode(q, *rows, [16, 32]), BAR[FP32])
+
+
+def test_kernels_with_odd_inputs(run):
+    run(check_odd_inputs)
+
+
+def check_many_chunks(device="cpu"):
+    """The rounding errors of dW in a 16-bit dtype do not add up over chunks."""
+    h, weight = guarded(640, 32, dtype=FP16, device=device), guarded(40, 32, dtype=FP16, device=device, seed=1)
+    targets = torch.randint(40, (640,), generator=torch.Generator().manual_seed(0)).to(device)
+    wide = [x.double().requires_grad_() for x in (h, weight)]
+    exact = torch.autograd.grad(tools.exact_nll(*wide, targets, 1.0).sum(), wide)[1]
+    distances = []
+    for chunk in (1 << 28, 64 * 40):
+        with mock.patch.object(llama, "CHUNK_NUMBERS", chunk):
+            distances.append(error(torch.ops.octo.linear_nll_sum(h, weight, targets, 1.0)[3], exact))
+    assert distances[1] < 1.2 * distances[0], distances
+
+
+def test_nll_kernel_in_many_chunks(run):
+    run(check_many_chunks)
+
+
 def check_no_tokens(device="cpu"):
     """A rank may have nothing to do: no tokens, no losses, and gradients of zero."""
     h, weight = torch.zeros(0, 8, device=device, requires_grad=True), guarded(11, 8, device=device).requires_grad_()
@@ -426,7 +472,7 @@ def test_nll_kernel_without_tokens(run):
 
 
 def check_logits_never_exist(device="cpu"):
-    N, C, V, chunk = 640, 8, 4096, 64 * 4096
+    N, C, V, chunk = 320, 8, 1000, 64 * 1000
     h = guarded(N, C, device=device).requires_grad_()
     weight, targets = guarded(V, C, device=device).requires_grad_(), torch.zeros(1, N, dtype=torch.int64, device=device)
     forward, backward, both = (f._init_fn for f in (llama._linear_nll, llama._linear_nll_grad, llama._linear_nll_sum))
@@ -510,14 +556,27 @@ def check_no_gradient_is_wasted(device="cpu"):
     with torch.no_grad():
         expected = model(tokens, targets, doc_start)
     assert not expected.requires_grad
-    for p in model.parameters():
-        p.requires_grad_(False)
-    total, nll = model(tokens, targets, doc_start, reduction="sum")
-    assert torch.equal(nll, expected) and not total.requires_grad
+    ops = torch.ops.octo
+    with mock.patch.object(ops, "linear_nll_sum", side_effect=AssertionError("made gradients that nobody asked for")):
+        with torch.no_grad():
+            total, nll = model(tokens, targets, doc_start, reduction="sum")
+        assert torch.equal(nll, expected)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        total, nll = model(tokens, targets, doc_start, reduction="sum")
+        assert torch.equal(nll, expected) and not total.requires_grad
 
 
 def test_llama_with_kernels_without_gradients(run):
     run(check_no_gradient_is_wasted)
+
+
+def small_llama_on_ranks(dtype, world=None) -> Llama:
+    """In bf16 with activations computed again in the backward, as large models are trained; sharded where there are ranks."""
+    import midtrain
+
+    model = midtrain.add_options(small_llama(), compile=False, checkpointing=dtype == BF16)
+    return midtrain.shard(model, world or midtrain.World(), dtype)
 
 
 def fsdp_rank(rank: int, path: str) -> None:
@@ -528,20 +587,23 @@ def fsdp_rank(rank: int, path: str) -> None:
 
     prepare()
     dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-    model = midtrain.shard(small_llama(), midtrain.World(rank, 2), FP32)
-    tokens, targets, doc_start = (x[rank : rank + 1] for x in batch())
-    total, nll = model(tokens, targets, doc_start, reduction="sum")
-    (total * 2).backward()  # FSDP2 averages over ranks
-    gradients = [p.grad.full_tensor() for p in model.parameters()]
+    world, results = midtrain.World(rank, 2), []
+    for dtype, reduction in ((FP32, "sum"), (BF16, "none")):
+        model = small_llama_on_ranks(dtype, world)
+        tokens, targets, doc_start = (x[rank : rank + 1] for x in batch())
+        out = model(tokens, targets, doc_start, reduction=reduction)
+        nll, loss = (out, out.sum()) if reduction == "none" else out[::-1]
+        (loss * 2).backward()  # FSDP2 averages over ranks
+        results.append((nll.detach(), [p.grad.full_tensor() for p in model.parameters()]))
     if rank == 0:
-        torch.save((nll, gradients), f"{path}/result.pt")
+        torch.save(results, f"{path}/result.pt")
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may outlive the interpreter
 
 
-def test_kernels_under_fsdp2(tmp_path, interpreted):
-    """Two ranks, interpreter: the gradients of one process without kernels."""
+def test_kernels_under_fsdp2(tmp_path):
+    """Two ranks, interpreter: the gradients of one process without kernels, in fp32 and, roughly, in bf16."""
     code = (
         f"import sys; sys.path[:0] = {[os.getcwd(), os.path.dirname(__file__)]}; import test_kernels as t; t.fsdp_rank"
     )
@@ -553,10 +615,11 @@ def test_kernels_under_fsdp2(tmp_path, interpreted):
         for rank in range(2)
     ]
     assert [r.wait(timeout=240) for r in ranks] == [0, 0]
-    nll, gradients = torch.load(tmp_path / "result.pt")
-    exact, expected = losses_and_gradients(small_llama(), "sum")
-    assert error(nll, exact[:1].double()) < 1e-5
-    assert all(error(a, b.double()) < 1e-4 for a, b in zip(gradients, expected))
+    for dtype, (nll, gradients) in zip((FP32, BF16), torch.load(tmp_path / "result.pt")):
+        exact, expected = losses_and_gradients(small_llama(), "sum")
+        near(nll, exact[:1].double(), 1e-5 if dtype == FP32 else 0.02, "nll")
+        for a, b in zip(gradients, expected):
+            near(a, b.double(), 1e-4 if dtype == FP32 else 0.1, "a gradient")
 
 
 def stub_driver() -> None:
@@ -573,7 +636,7 @@ def stub_driver() -> None:
 
 
 def check_compile(chunk):
-    """One graph forward and one backward for the whole model, with every kernel in them; other documents are no new graph."""
+    """One graph forward and one backward for the whole model, with every kernel in them, and no number read back between."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.testing import CompileCounter
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -609,9 +672,12 @@ def check_compile(chunk):
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_kernels_compile_in_one_graph(chunks, compiling):
-    """2 layers: 5 norms, 2 attentions, with two kernels in the backward; a chunk of logits has one kernel each way."""
+    """2 layers: 5 norms, 2 attentions with two kernels in the backward; one kernel each way for a chunk of logits.
+
+    (In the backward without "sum" chunks are of words, and 61 words are one.)
+    """
     graphs = compiling(check_compile, 61 * 64 if chunks == 2 else 1 << 28)
-    assert graphs == [[7 + chunks, 0], [9 + chunks, 0], None, [7 + 2 * chunks, 0], [9, 0], None]
+    assert graphs == [[7 + chunks, 0], [10, 0], None, [7 + 2 * chunks, 0], [9, 0], None]
 
 
 def check_opcheck():
@@ -656,43 +722,91 @@ def test_kernels_pass_opcheck(interpreted):
     interpreted(check_opcheck)
 
 
+def check_opcheck_of_tracing():
+    """opcheck's fourth check: traced with symbolic shapes. Launches do nothing, so no numbers are compared."""
+    import triton
+
+    stub_driver()
+    ops = torch.ops.octo
+    x, w, q, k, embed = (
+        torch.randn(*s, requires_grad=True) for s in ((6, 40), (40,), (2, 20, 4, 16), (2, 20, 2, 16), (11, 40))
+    )
+    targets, pool = torch.tensor([0, 5, -1, 2, 3, 10]), torch.randn(3, 2, 16, 16)
+    table = torch.tensor([[0, 2], [1, 1]], dtype=torch.int32)
+    cases = [
+        (ops.rms_norm, (x, None, w, 1e-5)),
+        (ops.rms_norm, (x, x.detach().clone(), w, 1e-5)),
+        (ops.attention, (q, k, k.detach().clone(), documents([[20], [7, 13]]))),
+        (ops.decode_attention, (q.detach()[:, 0], pool, pool.clone(), table, torch.tensor([20, 3]))),
+        (ops.linear_nll, (x, embed, targets, 0.7)),
+        (ops.linear_nll_sum, (x, embed, targets, 0.7)),
+    ]
+    launch = mock.patch.object(triton.runtime.JITFunction, "run", lambda *args, **kwargs: None)
+    with launch, mock.patch.object(torch.testing, "assert_close"):
+        for op, args in cases:
+            torch.library.opcheck(op.default, args, test_utils=("test_aot_dispatch_dynamic",))
+
+
+def test_kernels_pass_opcheck_of_tracing(compiling):
+    compiling(check_opcheck_of_tracing)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_pass_opcheck_on_the_card():
-    q, k = (torch.randn(2, 20, n, 16, device="cuda", requires_grad=True) for n in (4, 2))
-    x, w = (torch.randn(*s, device="cuda", requires_grad=True) for s in ((6, 40), (40,)))
-    torch.library.opcheck(
-        torch.ops.octo.attention.default, (q, k, k.detach().clone(), documents([[20], [7, 13]], "cuda"))
+    """All four checks, with the kernels that torch.compile traced really run."""
+    x, w, q, k, embed = (
+        torch.randn(*s, device="cuda", requires_grad=True)
+        for s in ((6, 40), (40,), (2, 20, 4, 16), (2, 20, 2, 16), (11, 40))
     )
-    torch.library.opcheck(torch.ops.octo.rms_norm.default, (x, None, w, 1e-5))
-    torch.library.opcheck(torch.ops.octo.rms_norm.default, (x, x.detach().clone(), w, 1e-5))
-    targets, embed = (
-        torch.tensor([0, 5, -1, 2, 3, 10], device="cuda"),
-        torch.randn(11, 40, device="cuda", requires_grad=True),
-    )
-    torch.library.opcheck(torch.ops.octo.linear_nll.default, (x, embed, targets, 0.7))
-    torch.library.opcheck(torch.ops.octo.linear_nll_sum.default, (x, embed, targets, 0.7))
+    ops, targets = torch.ops.octo, torch.tensor([0, 5, -1, 2, 3, 10], device="cuda")
+    for op, args in (
+        (ops.attention, (q, k, k.detach().clone(), documents([[20], [7, 13]], "cuda"))),
+        (ops.rms_norm, (x, None, w, 1e-5)),
+        (ops.rms_norm, (x, x.detach().clone(), w, 1e-5)),
+        (ops.linear_nll, (x, embed, targets, 0.7)),
+        (ops.linear_nll_sum, (x, embed, targets, 0.7)),
+    ):
+        torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_other_documents_compile_nothing_on_the_card():
+    model = small_llama(device="cuda")
+    kernels = [getattr(llama, f"_attention_{name}") for name in ("forward", "dq", "dkdv")]
+    tokens, targets, _ = batch("cuda")
+    counts = []
+    for lengths in ([[50], [50]], [[1, 49], [25, 25]], [[10] * 5, [7, 43]]):
+        model(tokens, targets, documents(lengths, "cuda"), reduction="sum")[0].backward()
+        counts.append([sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels])
+    assert counts[0] == counts[1] == counts[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiled for chips that are not here
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_kernels_compiled_for(capability, compiling):
-    """The tiles that are used: no spills on Hopper and at most 64 bytes elsewhere, tensor cores, no fp64 arithmetic."""
+    """The tiles that are used: no spills on Hopper and at most 64 bytes elsewhere, tensor cores, no fp64 arithmetic.
+
+    Ampere, Hopper, Blackwell, and sm_120, a consumer's Blackwell with 100 KB of shared memory. (Triton 3.6 keeps 8 bytes of
+    one kernel on Hopper's stack, read and written outside its loops.)
+    """
     failures = compiling(compile_all, capability)
     assert not failures, "\n".join(failures)
 
 
 def compile_all(capability: int) -> list[str]:
+    import triton
+
     failures, hopper = [], capability == 90  # for the others the shapes of real models only: it takes a second each
     head_dims, widths = (None, (128, 2048, 3072, 4096)) if hopper else ((64, 128), (4096,))
     for name, *job in tools.attention_jobs(capability, head_dims=head_dims) + tools.other_jobs(widths=widths):
         found = tools.resources(tools.compile_for(capability, *job))
-        matrix = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[capability]
+        matrix = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[capability]
         matrix = "HMMA" if "decode" in name else matrix  # 16 queries at most: too few for the wide instructions
         wants_matrix = "attention" in name or ("decode" in name and "merge" not in name)
-        if found["spilled"] > (0 if hopper else 64):
+        if found["spilled"] > ((8 if triton.__version__ < "3.7" else 0) if hopper else 64):
             failures.append(f"{name} spills {found['spilled']} bytes")
         if found["shared"] > tools.SHARED_LIMIT[capability]:
             failures.append(f"{name} needs {found['shared']} bytes of shared memory")
@@ -716,8 +830,9 @@ def test_kernels_compiled_for_sizes_of_one(compiling):
 def check_fp64_temperature() -> list[str]:
     """Under torch.compile a Python float arrives in fp64: it is converted, and nothing is computed in fp64."""
     kernels = (llama._nll_forward, llama._nll_backward)
-    jobs = [tools.compile_for(90, k, dict(V=128_256, BLOCK_V=4096), 8, 3, scalar="fp64") for k in kernels]
-    return [word for job in jobs for word in tools.resources(job)["fp64"]]
+    jobs = [job for job in tools.other_jobs(widths=()) if job[1] in kernels]
+    found = [tools.resources(tools.compile_for(90, *job, scalar="fp64")) for _, *job in jobs]
+    return [word for r in found for word in r["fp64"]]
 
 
 def test_nll_kernels_compute_nothing_in_fp64(compiling):
