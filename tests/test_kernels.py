@@ -91,7 +91,7 @@ ATTENTION = [
     (127, 4, 1, 32, [[127], [63, 64]]),
     (128, 2, 2, 64, [[64, 64], [128]]),
     (129, 3, 1, 64, [[64, 1, 64], [128, 1]]),
-    (129, 8, 1, 32, [[1, 127, 1], [65, 64]]),
+    (129, 8, 1, 32, [[1, 63, 64, 1]]),
     (200, 2, 1, 128, [[200], [30, 100, 1, 69]]),
     (1000, 2, 1, 64, [[1, 2, 300, 209, 1, 1, 128, 358]]),
     (1000, 1, 1, 32, [[1000]]),
@@ -131,6 +131,8 @@ def check_attention(case, dtype, scale=1.0, device="cpu"):
             near(a, b, bars[name], name)
         else:  # with one key the softmax is 1, whatever q and k: their gradients are zero but for rounding
             assert a.abs().max() < 10 * BAR[dtype]
+    if device == "cpu":
+        return  # the interpreter runs one program after the other: it has no order that could change
     again = attention_gradients(q, k, v, doc_start, do)
     assert all(torch.equal(a, b) for a, b in zip((o, lse, *gradients), (*again[:2], *again[2]))), "not deterministic"
 
@@ -155,7 +157,7 @@ def test_attention_kernel_with_large_magnitudes(dtype, run):
 
 def check_tiles(device="cpu"):
     """Every tile in the table gives the same result, and one of a shape that nobody listed."""
-    shape = (200, 2, 1, 64, [[33, 100, 67]])
+    shape = (150, 2, 1, 64, [[33, 100, 17]])
     for kernel in llama.TILES:
         for chosen in [*llama.TILES[kernel][64][1:], (32, 64, 4, 2), (64, 32, 4, 2)]:
             with mock.patch.dict(llama.TILES[kernel], {64: [chosen]}):
@@ -390,7 +392,7 @@ def check_nll(N, C, V, dtype, temperature, chunk, scale=1.0, device="cpu"):
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 @pytest.mark.parametrize(
     "N, C, V, temperature, chunk",
-    [(1, 32, 17, 1.0, 1 << 28), (129, 64, 1000, 0.7, 1 << 28), (300, 32, 129, 1.5, 129 * 64), (130, 16, 600, 1.0, 1)],
+    [(1, 32, 17, 1.0, 1 << 28), (129, 64, 1000, 0.7, 1 << 28), (150, 32, 129, 1.5, 129 * 64), (130, 16, 600, 1.0, 1)],
 )
 def test_nll_kernel(N, C, V, temperature, chunk, dtype, run):
     run(check_nll, N, C, V, dtype, temperature, chunk)
