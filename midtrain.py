@@ -19,6 +19,7 @@ What to know before reading:
 4. One process keeps plain tensors. Several shard them by FSDP2: fp32 master weights, computing in --dtype.
 """
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -30,7 +31,8 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 
@@ -43,7 +45,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import Parser, prepare, recipes, run_cli, tokenizer
-from data.loader import Batch, Loader
+from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
 from model import PRESETS, Llama, LlamaConfig, config_from_hf, read_json, with_vocab
 
@@ -54,6 +56,7 @@ STANDS_ON = {"base": None, "stable": "base", "short": "stable", "long": "stable"
 WEIGHT_DECAY = 0.1  # the paper's
 BETAS, EPS, GRAD_CLIP = (0.9, 0.95), 1e-8, 1.0  # not published; what Llama-like pre-training uses
 EVAL_BATCHES = 2  # of each source, at every evaluation
+SKIPS = 5  # steps in a row that may be left out because their loss or gradient is not finite
 FINAL_LR = 0.1  # the decay ends at this share of the stable learning rate (paper, "cosine to 10 %")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -173,26 +176,35 @@ def one_voice():
         os._exit(code)
 
 
-def shard(model: Llama, world: World, dtype: torch.dtype) -> Llama:
-    """Place the model (fp32) on the device, sharded over the ranks; activations run in `dtype`."""
+def shard(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1) -> Llama:
+    """Place the model (fp32) on the device, sharded over the ranks; activations run in `dtype`.
+
+    replicas: as many whole copies, each sharded over size / replicas ranks (HSDP). With a copy a node, weights are gathered
+    inside a node, where links are fast, and only gradients cross between nodes.
+    """
     model.compute_dtype = dtype
     if world.size == 1:
         return model.to(world.device)
     # Reductions in fp32, or bf16 would round a sum over many ranks. Inputs are not cast: they hold the rotary tables.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(world.device.type, (world.size,))
+    if world.size % replicas:
+        raise ValueError(f"--replicate {replicas} does not divide {world.size} ranks")
+    shape, names = (
+        ((replicas, world.size // replicas), ("replicate", "shard")) if replicas > 1 else ((world.size,), None)
+    )
+    mesh = dist.init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)  # the root group: both uses of a tied embedding, final norm
 
 
 def add_options(model: Llama, compile: bool, checkpointing: bool) -> Llama:
-    """Per block, before sharding: recompute activations in the backward pass; compile."""
+    """Per block, before sharding: compile; recompute activations in the backward pass."""
     for block in model.blocks:
-        if checkpointing:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
         if compile:
-            block.compile()
+            block.forward = torch.compile(block.forward)
+        if checkpointing:  # around what is compiled: the other way round nothing would be (torch 2.13)
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
     return model
 
 
@@ -236,9 +248,10 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a v
 
 
 def save_checkpoint(
-    stage_dir: str, step: int, model: Llama, optimizer: torch.optim.Optimizer, tok: Tokenizer, meta: dict
+    stage_dir: str, step: int, model: Llama, optimizer, tok: Tokenizer, meta: dict, keep_every: int | None = None
 ) -> str:
-    """Write a checkpoint aside, rename it, then let `latest` name it; delete all but the last KEEP. Returns its path.
+    """Write a checkpoint aside, rename it, then let `latest` name it; delete all but the last KEEP and those of every
+    `keep_every`-th step. Returns its path.
 
     The folder is a Hugging Face checkpoint in fp32; `state` beside it holds weights and optimizer in shards that any
     number of ranks can load. Called by every rank. OSError: it could not be written; the earlier ones are untouched.
@@ -251,7 +264,8 @@ def save_checkpoint(
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=os.path.join(aside, "state"))
         whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0
         full = states.get_model_state_dict(model, options=whole)
-        on_first_rank(lambda: _publish(aside, final, model, full, tok, meta | {"step": step, "tokenizer": tok.hash}))
+        meta = meta | {"step": step, "tokenizer": tok.hash}
+        on_first_rank(lambda: _publish(aside, final, model, full, tok, meta, keep_every))
     except (OSError, dcp.CheckpointException) as error:
         free = shutil.disk_usage(stage_dir).free >> 20
         shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
@@ -260,7 +274,7 @@ def save_checkpoint(
     return final
 
 
-def _publish(aside: str, final: str, model: Llama, weights: dict[str, Tensor], tok: Tokenizer, meta: dict) -> None:
+def _publish(aside: str, final: str, model, weights: dict[str, Tensor], tok: Tokenizer, meta: dict, keep_every) -> None:
     from safetensors import SafetensorError
 
     try:
@@ -268,15 +282,19 @@ def _publish(aside: str, final: str, model: Llama, weights: dict[str, Tensor], t
     except SafetensorError as error:  # how that library reports a full disk
         raise OSError(str(error)) from None
     tok.save(os.path.join(aside, tokenizer.FILE_NAME))
-    files = sorted(os.path.join(root, name) for root, _, names in os.walk(aside) for name in names)
-    sizes = {os.path.relpath(file, aside): os.path.getsize(file) for file in files}
-    replace_file(os.path.join(aside, "meta.json"), json.dumps(meta | {"files": sizes}, indent=1))
+    files = sorted(
+        os.path.relpath(os.path.join(root, name), aside) for root, _, names in os.walk(aside) for name in names
+    )
+    sums = dict(zip(files, file_hashes([os.path.join(aside, name) for name in files])))
+    sizes = {name: os.path.getsize(os.path.join(aside, name)) for name in files}
+    replace_file(os.path.join(aside, "meta.json"), json.dumps(meta | {"files": sizes, "sha256": sums}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     folder, name = os.path.split(final)
     replace_file(os.path.join(folder, "latest"), name)
     for old in checkpoints(folder)[KEEP:]:
-        shutil.rmtree(old)
+        if not keep_every or int(old[-6:]) % keep_every:
+            shutil.rmtree(old)
 
 
 def replace_file(path: str, text: str) -> None:
@@ -294,16 +312,27 @@ def checkpoints(folder: str) -> list[str]:
 
 
 def latest_checkpoint(stage_dir: str) -> str | None:
-    """The newest checkpoint whose files are all there, in full length; None if there is none."""
+    """The newest checkpoint whose files have the lengths and checksums they were written with; None if there is none."""
     for path in checkpoints(os.path.join(stage_dir, "checkpoints")):
-        try:
-            files = read_json(os.path.join(path, "meta.json"))["files"]
-            if all(os.path.getsize(os.path.join(path, name)) == size for name, size in files.items()):
-                return path
-        except (OSError, ValueError, KeyError):
-            pass
+        if is_intact(path):
+            return path
         say_once(f"{path} is damaged: taking the one before it")
     return None
+
+
+@cache  # a program asks several times, and a large checkpoint takes seconds to read
+def _matches(files: tuple[str, ...], sizes: tuple[int, ...], sums: tuple[str, ...], _modified: tuple[int, ...]) -> bool:
+    return tuple(map(os.path.getsize, files)) == sizes and tuple(file_hashes(files)) == sums
+
+
+def is_intact(path: str) -> bool:
+    try:
+        meta = read_json(os.path.join(path, "meta.json"))
+        files = tuple(os.path.join(path, name) for name in meta["files"])
+        modified = tuple(os.stat(file).st_mtime_ns for file in files)
+        return _matches(files, tuple(meta["files"].values()), tuple(meta["sha256"].values()), modified)
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -> dict:
@@ -366,7 +395,8 @@ class MetricsLog:
         self.file = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
 
     def write(self, row: dict) -> None:
-        if self.file:
+        if self.file:  # JSON knows neither NaN nor infinity
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.file.write(json.dumps(row) + "\n")
 
 
@@ -447,7 +477,7 @@ def log_line(row: dict, settings: "Settings", speed: Speed) -> str:
         left = (steps - step) * speed.total / speed.steps
         text += f"  {speed.rate:9,.0f} tok/s  eta {duration(left)}"
         text += f"  mfu {speed.row()['mfu']:.1%}" if speed.peak else ""
-    return text + (f"  val {row['val_loss']:.4f}" if "val_loss" in row else "")
+    return text + (f"  val {row['val_loss']:.4f}, {row['bits_per_byte']:.4f} bits/byte" if "val_loss" in row else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,6 +524,8 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
     """The preset's table, changed by the flags; --steps and --lr are about the stage that --branch names."""
     run, parent, tok, named = RUNS[args.preset], STANDS_ON[stage], tokenizer.load(data_dir), stage == args.branch
     mixtures = recipes.STAGES[read_json(os.path.join(data_dir, "index.json"))["settings"]["world"]]
+    if named and args.mix:
+        mixtures = mixtures | {stage: args.mix}
     if stage not in mixtures:
         raise ValueError(f"the data in {data_dir} has no mixture for stage {stage} (valid: {', '.join(mixtures)})")
     config = PRESETS[args.preset]
@@ -513,8 +545,17 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
 
 
 def file_hash(path: str) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+        while block := f.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_hashes(paths: Sequence[str]) -> list[str]:
+    """Several at once: hashing leaves Python's lock, and a checkpoint has a file for each rank."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(file_hash, paths))
 
 
 def open_folder(folder: str, settings: dict) -> None:
@@ -539,12 +580,13 @@ def load_model(settings: Settings, own: str | None, args, world: World) -> tuple
     else:
         model = Llama(config).init_weights(settings.seed)
     add_options(model, args.compile, args.activation_checkpointing)
-    model = shard(model, world, DTYPES[settings.dtype])
+    model = shard(model, world, DTYPES[settings.dtype], args.replicate)
     optimizer = make_optimizer(model, settings.lr)
     if own:
         load_checkpoint(own, model, optimizer)
     elif not from_init and settings.starts_from != "random":
-        load_checkpoint(latest_checkpoint(os.path.join(args.out, settings.starts_from)), model, optimizer)
+        parent = os.path.join(args.out, settings.starts_from)
+        load_checkpoint(on_first_rank(lambda: latest_checkpoint(parent)), model, optimizer)
     return model, optimizer
 
 
@@ -565,30 +607,43 @@ def add_losses(sums: Tensor, model: Llama, batch: Batch, micro_batch: int, scale
 
 
 def train_step(model: Llama, optimizer, batch: Batch, names: tuple[str, ...], micro_batch: int, world: World) -> dict:
-    """One update on this rank's rows of the batch: loss, gradient norm before clipping, loss of each source."""
+    """One update on this rank's rows of the batch: loss, gradient norm before clipping, loss of each source.
+
+    If one of the first two is not finite the weights stay as they are, and the row says "skipped".
+    """
     count = all_sum((batch.targets >= 0).sum().to(world.device), world)
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
     add_losses(sums, model, batch, micro_batch, world.size / count)  # FSDP2 averages gradients over ranks: undo that
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     norm = (norm.full_tensor() if world.size > 1 else norm).item()
     loss = (all_sum(sums, world)[:, 0].sum() / count).item()
-    if not math.isfinite(loss + norm):
-        raise ValueError(f"loss {loss}, gradient norm {norm}: try a lower --lr; the last checkpoint is intact")
-    optimizer.step()
+    if finite := math.isfinite(loss + norm):  # sums over all ranks, so all agree
+        optimizer.step()
     optimizer.zero_grad()
     by_source = {f"loss/{name}": total / n for name, (total, n) in zip(names, sums.tolist(), strict=True) if n}
-    return {"loss": loss, "grad_norm": norm} | by_source
+    return {"loss": loss, "grad_norm": norm} | by_source | ({} if finite else {"skipped": 1})
 
 
 @torch.no_grad()
-def evaluate(model: Llama, loader: Loader, mixture: dict[str, float], micro_batch: int, world: World) -> dict:
-    """Loss on held-out text of each source, and their mean weighted like the mixture."""
-    sums = torch.zeros(len(mixture), 2, dtype=torch.float64, device=world.device)
-    for _, batch in loader.validation(EVAL_BATCHES, world.rank, world.size):
-        add_losses(sums, model, batch, micro_batch)
-    losses = {name: total / max(n, 1) for name, (total, n) in zip(mixture, all_sum(sums, world).tolist(), strict=True)}
-    mean = sum(weight * losses[name] for name, weight in mixture.items())
-    return {"val_loss": mean} | {f"val_loss/{name}": loss for name, loss in losses.items()}
+def evaluate(
+    model: Llama, loader: Loader, mixture: dict[str, float], micro_batch: int, world: World, token_bytes: Tensor
+) -> dict:
+    """On held-out text of each source: loss in nats a token, and bits per byte, which another tokenizer does not change.
+
+    token_bytes (vocab,): how many bytes of text each token stands for. The means are weighted like the mixture.
+    """
+    sums, size = torch.zeros(2, len(mixture), 2, dtype=torch.float64, device=world.device), torch.zeros(len(mixture))
+    for name, batch in loader.validation(EVAL_BATCHES, world.rank, world.size):
+        add_losses(sums[0], model, batch, micro_batch)
+        size[list(mixture).index(name)] += token_bytes[batch.targets[batch.targets >= 0]].sum()
+    sums[1, :, 0] = size
+    sums = all_sum(sums, world)
+    (nats, tokens), size = sums[0].T.tolist(), sums[1, :, 0].tolist()
+    losses = {name: nats[i] / max(tokens[i], 1) for i, name in enumerate(mixture)}
+    bits = {name: nats[i] / math.log(2) / max(size[i], 1) for i, name in enumerate(mixture)}
+    row = {"val_loss": sum(weight * losses[name] for name, weight in mixture.items())}
+    row |= {"bits_per_byte": sum(weight * bits[name] for name, weight in mixture.items())}
+    return row | {f"val_loss/{k}": v for k, v in losses.items()} | {f"bits_per_byte/{k}": v for k, v in bits.items()}
 
 
 def run_stage(stage: str, args, world: World) -> None:
@@ -596,7 +651,7 @@ def run_stage(stage: str, args, world: World) -> None:
     stage_dir, data_dir = os.path.join(args.out, stage), on_first_rank(lambda: open_data(args))
     settings = resolve(stage, args, data_dir, world)
     on_first_rank(lambda: open_folder(stage_dir, asdict(settings)))
-    own = latest_checkpoint(stage_dir)
+    own = on_first_rank(lambda: latest_checkpoint(stage_dir))
     start = read_json(f"{own}/meta.json")["step"] if own else 0
     if start >= settings.steps:
         return say(f"[{stage}] is finished: {own}")
@@ -608,6 +663,8 @@ def run_stage(stage: str, args, world: World) -> None:
     where = f"{settings.dtype} on {world.size} x {world.device.type}"
     say(f"[{stage}] {begin}: {size} of {args.batch} x {args.seq_len} tokens, {where}")
     log, speed, tok = MetricsLog(stage_dir, start), Speed(settings, world), tokenizer.load(data_dir)
+    token_bytes = torch.tensor([len(token) for token in tok.ranks] + [0] * (tok.vocab_size - len(tok.ranks)))
+    skipped = 0
     with Interrupt() as interrupt:
         for step in range(start + 1, settings.steps + 1):
             lr = learning_rate(stage, step - 1, settings.steps, settings.lr, settings.warmup)
@@ -617,20 +674,30 @@ def run_stage(stage: str, args, world: World) -> None:
                 batch = loader.batch(step - 1, world.rank, world.size)
                 row = train_step(model, optimizer, batch, loader.names, args.micro_batch, world)
             row = {"step": step, "lr": lr} | row
+            skipped = skipped + 1 if row.get("skipped") else 0
             signum, last = interrupt.agreed(world), step == settings.steps
             if last or step % args.eval_every == 0:  # before saving: then the rows up to a checkpoint are complete
-                row |= evaluate(model, loader, settings.mixture, args.micro_batch, world)
+                row |= evaluate(model, loader, settings.mixture, args.micro_batch, world, token_bytes)
             log.write(row | speed.row())
+            if skipped:
+                say(f"[{stage}] step {step} left out: loss {row['loss']}, gradient norm {row['grad_norm']}")
+            if skipped == SKIPS:
+                raise ValueError(
+                    f"{SKIPS} steps in a row without a finite loss and gradient, up to step {step}: try a lower --lr, "
+                    f"or --dtype fp32; the last checkpoint is intact"
+                )
             if last or signum or step == start + 1 or step % args.log_every == 0:
                 say(log_line(row, settings, speed))
             if last or signum or step % args.save_every == 0:
-                path = save_checkpoint(stage_dir, step, model, optimizer, tok, {"stage": stage})
+                path = save_checkpoint(stage_dir, step, model, optimizer, tok, {"stage": stage}, args.keep_every)
             if signum:
                 say(f"[{stage}] stopped after step {step}: saved {path}, the same command goes on")
                 raise SystemExit(128 + signum)
         if signum := interrupt.agreed(world):  # it came during the last evaluation or save
             raise SystemExit(128 + signum)
-    say(f"[{stage}] done: {path}")
+    counts = {name: epochs * size for (name, epochs), size in zip(loader.epochs(settings.steps).items(), loader.sizes)}
+    shares = ", ".join(f"{name} {n / sum(counts.values()):.1%}" for name, n in counts.items())
+    say(f"[{stage}] done: {path}; sequences seen: {shares}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -673,6 +740,17 @@ def show_plan(args) -> None:
         print(f"{gpus:4} | {16 * n / gpus / 2**30:15.1f} | {activations:27.1f} | {hours:10,.1f}")
 
 
+def mixture(text: str) -> dict[str, float]:
+    """ "web=0.7,long_cot=0.3" → {"web": 0.7, "long_cot": 0.3}"""
+    try:
+        weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+        block_counts(weights)
+    except ValueError as error:
+        reason = error if "weights" in str(error) else "write it as source=share,source=share"
+        raise argparse.ArgumentTypeError(f"{text}: {reason}") from None
+    return weights
+
+
 def parse_arguments():
     """The flags; where one is not given, the preset's number."""
     p = Parser(description=__doc__)
@@ -683,13 +761,22 @@ def parse_arguments():
     p.add_argument("--out", metavar="DIR", help="run folder, in it a folder a stage (default runs/PRESET)")
     p.add_argument("--steps", type=int, metavar="N", help="of the stage that --branch names")
     p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of the stage that --branch names")
+    p.add_argument(
+        "--mix", type=mixture, metavar="A=X,B=Y", help="of the stage that --branch names: shares of tokens, sum 1"
+    )
     p.add_argument("--seed", type=int, default=0, help="of data, order and first weights (default 0)")
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of activations; weights stay in fp32")
     p.add_argument("--batch", type=int, metavar="N", help="sequences a step, of all ranks together")
     p.add_argument("--micro-batch", type=int, metavar="N", help="sequences a rank computes at once; less saves memory")
     p.add_argument("--seq-len", type=int, metavar="N", help="tokens a sequence; the data must be packed for it")
+    p.add_argument(
+        "--replicate", type=int, default=1, metavar="N", help="whole copies of the model, one a node say (HSDP)"
+    )
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads a process; same numbers need the same N")
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
+    p.add_argument(
+        "--keep-every", type=int, metavar="N", help="keep the checkpoint of every Nth step, beside the last two"
+    )
     p.add_argument("--eval-every", type=int, metavar="N", help="steps between evaluations; always one at the end")
     p.add_argument("--log-every", type=int, metavar="N", help="steps between lines; metrics.jsonl has every step")
     p.add_argument("--compile", action="store_true", help="torch.compile each block: pays on a GPU, after a slow start")
@@ -702,7 +789,8 @@ def parse_arguments():
     for name in ("batch", "micro_batch", "seq_len", "save_every", "eval_every", "log_every"):
         if getattr(args, name) is None:
             setattr(args, name, run[name])
-    for name in ("steps", "lr", "batch", "micro_batch", "seq_len", "threads", "save_every", "eval_every", "log_every"):
+    positive = "steps lr batch micro_batch seq_len replicate threads save_every keep_every eval_every log_every"
+    for name in positive.split():
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.branch == "base" and (args.init or not run["steps"]["base"]):

@@ -445,10 +445,10 @@ def starting_point(args) -> tuple[str, str]:
     if args.ckpt:
         return find_checkpoint(args.ckpt), "rl-" + os.path.basename(os.path.normpath(args.ckpt))
     stage = os.path.join(args.out, args.branch)
-    if not midtrain.is_finished(stage):
+    if not midtrain.on_first_rank(lambda: midtrain.is_finished(stage)):
         how = f"python midtrain.py --branch {args.branch} --preset {args.preset} --out {args.out}"
         raise FileNotFoundError(f"{stage} is not a finished stage to start from; make it with: {how}")
-    return midtrain.latest_checkpoint(stage), "rl-" + args.branch
+    return midtrain.on_first_rank(lambda: midtrain.latest_checkpoint(stage)), "rl-" + args.branch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,7 +474,7 @@ class Run:
         self.sampler = Sampler(self.model, self.tok, args.slots)
         settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {"weights": fingerprint}
         midtrain.on_first_rank(lambda: midtrain.open_folder(self.folder, settings))
-        self.saved = midtrain.latest_checkpoint(self.folder)
+        self.saved = midtrain.on_first_rank(lambda: midtrain.latest_checkpoint(self.folder))
         self.step = midtrain.load_checkpoint(self.saved, self.model, self.optimizer)["step"] if self.saved else 0
         self.log = midtrain.MetricsLog(self.folder, self.step if self.saved else -1)
         self.started, self.first_step = time.perf_counter(), self.step

@@ -238,12 +238,19 @@ def test_kill_minus_9_loses_nothing(train, tmp_path, shards):
     assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
 
 
-def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["cut off", "one bit", "state", "meta.json"])
+def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys, damage):
     command = ("--branch", "base", "--steps", "8")
     train(tmp_path / "a", *command)
     train(tmp_path / "b", *command)
-    newest = tmp_path / "b/base/checkpoints/step_000008/model.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-1])
+    folder = tmp_path / "b/base/checkpoints/step_000008"
+    if damage == "meta.json":
+        (folder / "meta.json").write_text("{")
+    else:
+        file = next((folder / "state").glob("*.distcp")) if damage == "state" else folder / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1  # the length stays
+        file.write_bytes(data[:-1] if damage == "cut off" else data)
     train(tmp_path / "b", *command)
     assert "step_000008 is damaged" in capsys.readouterr().out
     assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
@@ -280,6 +287,26 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(train, tmp_path, monkeypatch
 def test_two_checkpoints_are_kept(train, tmp_path):
     train(tmp_path, "--branch", "base", "--steps", "5", "--save-every", "1")
     assert sorted(os.listdir(tmp_path / "base/checkpoints")) == ["latest", "step_000004", "step_000005"]
+
+
+def test_every_nth_checkpoint_is_kept_for_good(train, tmp_path):
+    train(tmp_path, "--branch", "base", "--steps", "9", "--save-every", "1", "--keep-every", "3")
+    kept = sorted(path.name for path in (tmp_path / "base/checkpoints").glob("step_*"))
+    assert kept == ["step_000003", "step_000006", "step_000008", "step_000009"]
+
+
+def test_a_mixture_on_the_command_line(train, tmp_path):
+    train(tmp_path, "--branch", "base", "--mix", "web=0.75,long_cot=0.25")
+    settings = json.loads((tmp_path / "base/config.json").read_text())
+    assert settings["mixture"] == {"web": 0.75, "long_cot": 0.25}
+    assert {key for row in rows(tmp_path / "base") for key in row if key.startswith("loss/")} == {
+        "loss/web",
+        "loss/long_cot",
+    }
+    with pytest.raises(ValueError, match="other settings .mixture.web"):
+        train(tmp_path, "--branch", "base", "--mix", "web=0.5,long_cot=0.5")
+    with pytest.raises(ValueError, match="no source 'code'.*it has.*web"):
+        train(tmp_path / "b", "--branch", "base", "--mix", "code=1")
 
 
 def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
@@ -326,6 +353,63 @@ def test_two_ranks_and_accumulation_give_the_losses_of_one_process(train, tmp_pa
             assert a.keys() == b.keys() and max(apart.values()) <= 1e-5, f"{other}, step {a['step']}: {apart}"
 
 
+def test_copies_of_shards_give_the_losses_of_one_process(train, tmp_path, shards):
+    """--replicate: four ranks as two copies of two shards each, and a number that does not divide them."""
+    command = ("--branch", "base", "--steps", "6")
+    train(tmp_path / "one", *command)
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    flags = ("--data", shards, "--dtype", "fp32", *command, "--micro-batch", "2")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", driver, *flags)
+    for copies in (2, 3):
+        options = ("--replicate", str(copies), "--out", tmp_path / str(copies))
+        done = subprocess.run(
+            [*launch, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        if copies == 3:
+            assert done.returncode != 0 and "--replicate 3 does not divide 4 ranks" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr
+        for a, b in zip(rows(tmp_path / "one/base"), rows(tmp_path / "2/base"), strict=True):
+            assert max(abs(a[key] - b[key]) for key in a) <= 1e-5, (a, b)
+
+
+@pytest.mark.parametrize("compile, checkpointing", [(True, False), (False, True), (True, True)])
+def test_compiled_and_recomputed_blocks_give_the_same_gradients(monkeypatch, compile, checkpointing):
+    from torch._dynamo.testing import CompileCounter
+
+    counter, real, gradients = CompileCounter(), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend=counter))
+    tokens = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
+    for options in ((False, False), (compile, checkpointing)):
+        model = Llama(LlamaConfig(300, 3, 32, 4, 2, 8, 64)).init_weights(0)
+        midtrain.add_options(model, *options)(tokens, tokens, torch.zeros_like(tokens)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert (counter.frame_count > 0) == compile
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer():
+    """A model that knows nothing: log2(vocabulary) bits a token; and the bytes of the tokens counted by hand."""
+    from data import tokenizer
+    from data.loader import Batch
+
+    tok = tokenizer.train(["the cat and the dog and the cat"] * 9, 270)
+    ids = tok.encode("the cat and the dog") + [tok.eos_id]
+    sizes = torch.tensor([len(t) for t in tok.ranks] + [0] * (tok.vocab_size - len(tok.ranks)))
+    tokens, targets = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
+    targets[0, 2] = -1
+    batch = Batch(tokens, targets, torch.zeros_like(tokens), torch.zeros(1, dtype=torch.int64))
+    loader = type("Loader", (), {"validation": lambda self, *args: [("web", batch)]})()
+    model = Llama(LlamaConfig(tok.vocab_size, 1, 16, 2, 1, 8, 16, tie_embeddings=False)).init_weights(0)
+    torch.nn.init.zeros_(model.head.weight)
+    row = midtrain.evaluate(model, loader, {"web": 1.0}, 1, midtrain.World(), sizes)
+    counted = sum(len(tok.decode_bytes([t])) for t in targets[0].tolist() if t >= 0 and t != tok.eos_id)
+    expected = math.log2(tok.vocab_size) * (len(ids) - 2) / counted
+    assert row["bits_per_byte"] == pytest.approx(expected) and row["bits_per_byte/web"] == pytest.approx(expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input
 
@@ -338,6 +422,8 @@ def test_two_ranks_and_accumulation_give_the_losses_of_one_process(train, tmp_pa
         ("--branch long --fast", "valid flags: --activation-checkpointing"),
         ("--branch long --batch 0", "--batch must be above 0, not 0"),
         ("--branch long --lr nan", "--lr must be above 0, not nan"),
+        ("--branch long --mix web=0.5,long_cot=0.4", "must be 0 or more and sum to 1, not 0.9: web 0.5 + long_cot 0.4"),
+        ("--branch long --mix web", "write it as source=share,source=share"),
         ("--branch long --init nowhere", "nowhere/config.json not found"),
         ("--branch base --preset 1b", "take stable"),
         ("--branch long --preset 1b", "--preset 1b needs --init DIR"),
@@ -384,10 +470,28 @@ def test_a_truncated_shard_is_named(train, tmp_path, shards):
         train(tmp_path / "run", "--branch", "base", data=tmp_path / "data")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
-    with pytest.raises(ValueError, match="try a lower --lr"):
-        train(tmp_path, "--branch", "base", "--lr", "1e30")
-    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows(tmp_path / "base"))
+def test_a_step_that_is_not_finite_is_left_out(train, tmp_path, monkeypatch):
+    """Its weights are those before it, its row says so, and the run goes on."""
+    real, seen = Llama.nll, []
+
+    def nll(self, h, *args, **kwargs):
+        seen.append({name: p.detach().clone() for name, p in self.named_parameters()})
+        total, each = real(self, h, *args, **kwargs)
+        return (total * (torch.nan if len(seen) in (3, 4) else 1.0), each)  # the two micro-batches of step 2
+
+    monkeypatch.setattr(Llama, "nll", nll)
+    train(tmp_path, "--branch", "base", "--steps", "4")
+    assert [row.get("skipped") for row in rows(tmp_path / "base")] == [None, 1, None, None]
+    for name, before in seen[2].items():
+        assert torch.equal(before, seen[4][name]) and not torch.equal(before, seen[0][name])
+
+
+def test_steps_that_are_not_finite_stop_the_run(train, tmp_path, monkeypatch):
+    train(tmp_path, "--branch", "base", "--steps", "4")
+    with pytest.raises(ValueError, match="5 steps in a row without a finite loss.*--lr"):
+        train(tmp_path, "--branch", "stable", "--lr", "1e30", "--steps", "20")
+    found = rows(tmp_path / "stable")
+    assert [row.get("skipped") for row in found[-5:]] == [1] * 5
 
 
 def test_plan_needs_nothing(monkeypatch, capsys):
