@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data import Parser, prepare, recipes, run_cli, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
-from model import PRESETS, Llama, LlamaConfig, config_from_hf, read_json, with_vocab
+from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, read_json, with_vocab
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipe
@@ -177,14 +177,15 @@ def one_voice():
 
 
 def shard(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1) -> Llama:
-    """Place the model (fp32) on the device, sharded over the ranks; activations run in `dtype`.
+    """Place the model (fp32) on the device, sharded over the ranks; activations run in `dtype`. One on the meta device stays
+    there, sharded: to_empty() allocates each rank's part.
 
     replicas: as many whole copies, each sharded over size / replicas ranks (HSDP). With a copy a node, weights are gathered
     inside a node, where links are fast, and only gradients cross between nodes.
     """
     model.compute_dtype = dtype
     if world.size == 1:
-        return model.to(world.device)
+        return model if model.embed.weight.is_meta else model.to(world.device)
     # Reductions in fp32, or bf16 would round a sum over many ranks. Inputs are not cast: they hold the rotary tables.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if world.size % replicas:
@@ -570,23 +571,27 @@ def open_folder(folder: str, settings: dict) -> None:
 def load_model(settings: Settings, own: str | None, args, world: World) -> tuple[Llama, torch.optim.AdamW]:
     """Model and optimizer: from the stage's own checkpoint if there is one, the stage below, --init, or random."""
     config = LlamaConfig(**settings.model)
-    from_init = settings.starts_from == args.init
-    if from_init and not own:
+    from_init = settings.starts_from == args.init and not own
+    if from_init:
         check_shape(args.init, config)
         has_tokenizer = os.path.exists(os.path.join(args.init, tokenizer.FILE_NAME))
         if has_tokenizer and tokenizer.load(args.init).hash != settings.tokenizer:
             raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
-        model = Llama.from_pretrained(args.init).float()
-    else:
-        model = Llama(config).init_weights(settings.seed)
-    add_options(model, args.compile, args.activation_checkpointing)
-    model = shard(model, world, DTYPES[settings.dtype], args.replicate)
+    with torch.device("meta"):  # no rank holds the whole model, not even for a moment
+        model = Llama(config)
+    model = shard(
+        add_options(model, args.compile, args.activation_checkpointing), world, DTYPES[settings.dtype], args.replicate
+    )
+    model.to_empty(device=world.device)
+    model.init_rope()
+    if from_init:
+        load_pretrained(model, args.init)
+    elif not own and settings.starts_from == "random":
+        model.init_weights(settings.seed)
     optimizer = make_optimizer(model, settings.lr)
-    if own:
-        load_checkpoint(own, model, optimizer)
-    elif not from_init and settings.starts_from != "random":
+    if not from_init and (own or settings.starts_from != "random"):
         parent = os.path.join(args.out, settings.starts_from)
-        load_checkpoint(on_first_rank(lambda: latest_checkpoint(parent)), model, optimizer)
+        load_checkpoint(own or on_first_rank(lambda: latest_checkpoint(parent)), model, optimizer)
     return model, optimizer
 
 

@@ -21,6 +21,7 @@ The choices that matter:
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -61,6 +62,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-5
     tie_embeddings: bool = True  # the output projection is the embedding matrix
     max_position: int = 8192  # what the model was made for; nothing here stops at it
+    qkv_bias: bool = False  # Qwen 2 and 2.5, with whom the recipe compares: otherwise they are Llamas
 
     def __post_init__(self):
         for name in _SIZES:
@@ -76,6 +78,7 @@ class LlamaConfig:
         """Parameters, an output projection tied to the embedding counted once."""
         attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        layer += self.qkv_bias * self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -101,13 +104,13 @@ PRESETS = {
 
 
 class Linear(nn.Linear):
-    """A linear map without bias whose weight is cast to the activations' dtype where it is used."""
+    """A linear map whose weight (and bias, if it has one) is cast to the activations' dtype where it is used."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -288,9 +291,9 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q = Linear(config.hidden_size, config.num_heads * config.head_dim)
-        self.k = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
-        self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim)
+        self.q = Linear(config.hidden_size, config.num_heads * config.head_dim, config.qkv_bias)
+        self.k = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, config.qkv_bias)
+        self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, config.qkv_bias)
         self.o = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x, where, layer):
@@ -374,12 +377,12 @@ class Llama(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 1:
-                p.fill_(1.0)
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             std = p.shape[1] ** -0.5  # the embedding too: as the output projection its fan-in is the width
             if name.endswith(("o.weight", "down.weight")):
                 std /= math.sqrt(2 * self.config.num_layers)
-            p.copy_(torch.randn(p.shape, generator=generator) * std)
+            assign(p, torch.randn(p.shape, generator=generator) * std)
         return self
 
     def forward(
@@ -465,7 +468,7 @@ class Llama(nn.Module):
         config = config_from_hf(read_json(os.path.join(path, "config.json")))
         with torch.device("meta"):
             model = Llama(config)
-        model.load_state_dict(read_weights(path, config), assign=True)
+        model.load_state_dict(dict(read_weights(path, config)), assign=True)
         model.init_rope()
         return model
 
@@ -1204,7 +1207,8 @@ def hf_name(name: str) -> str:
     if name in _HF_TOP:
         return _HF_TOP[name]
     _, layer, rest = name.split(".", 2)
-    return f"model.layers.{layer}.{_HF_NAMES[rest.removesuffix('.weight')]}.weight"
+    module, kind = rest.rsplit(".", 1)  # kind: weight, or bias
+    return f"model.layers.{layer}.{_HF_NAMES[module]}.{kind}"
 
 
 def read_json(path: str) -> dict:
@@ -1222,13 +1226,15 @@ def read_json(path: str) -> dict:
 
 def config_from_hf(hf: dict) -> LlamaConfig:
     """A LlamaConfig from config.json, with `rope_theta` and `rope_scaling` or the newer `rope_parameters`."""
-    if hf.get("model_type") != "llama":
-        raise ValueError(f'config.json says model_type "{hf.get("model_type")}", only "llama" can be read')
-    for key in ("attention_bias", "mlp_bias"):
+    if (kind := hf.get("model_type")) not in ("llama", "qwen2"):
+        raise ValueError(f'config.json says model_type "{kind}"; what can be read: llama, qwen2')
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if hf.get(key):
             raise ValueError(f"config.json says {key}: true, which this Llama does not have")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f'config.json says hidden_act "{hf["hidden_act"]}", this Llama has silu')
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", hf.get("rope_theta", 10_000.0))
+    theta, qwen = rope.pop("rope_theta", hf.get("rope_theta", 10_000.0)), kind == "qwen2"
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f'rope scaling of type "{kind}" is not supported; valid: default, llama3')
@@ -1246,6 +1252,7 @@ def config_from_hf(hf: dict) -> LlamaConfig:
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_embeddings=hf.get("tie_word_embeddings", False),
             max_position=hf.get("max_position_embeddings", 2048),
+            qkv_bias=qwen,
         )
     except KeyError as missing:
         raise ValueError(f"config.json has no {missing}, which a Llama needs") from None
@@ -1254,9 +1261,12 @@ def config_from_hf(hf: dict) -> LlamaConfig:
 def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
     """config.json for transformers and the engines that read its files."""
     scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    ours = {"attention_bias": False, "mlp_bias": False}  # Qwen's configuration has no words for them
+    if config.qkv_bias:
+        ours = {"use_sliding_window": False}
+    return ours | {
+        "architectures": ["Qwen2ForCausalLM" if config.qkv_bias else "LlamaForCausalLM"],
+        "model_type": "qwen2" if config.qkv_bias else "llama",
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -1270,41 +1280,61 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_position,
-        "attention_bias": False,
-        "mlp_bias": False,
         "torch_dtype": dtype,
     }
 
 
-def read_weights(path: str, config: LlamaConfig) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder under our names; every one expected is there with its shape, and no other."""
+def read_weights(path: str, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) of a checkpoint folder, one after the other; every one expected is there, and no other.
+
+    ValueError, naming the tensor, if one is missing, unknown or of another shape than config's.
+    """
     from safetensors import SafetensorError, safe_open
 
     with torch.device("meta"):
         expected = {hf_name(k): (k, tuple(v.shape)) for k, v in Llama(config).state_dict().items()}
-    files = sorted(f for f in os.listdir(path) if f.endswith(".safetensors"))
-    state = {}
-    for file in files:
+    missing, total = set(expected), len(expected)
+    for file in sorted(f for f in os.listdir(path) if f.endswith(".safetensors")):
         try:
             with safe_open(os.path.join(path, file), framework="pt") as f:
                 for name in f.keys():
                     if name == "lm_head.weight" and config.tie_embeddings:
                         continue  # some exporters write the tied matrix twice
                     if name not in expected:
-                        raise ValueError(
-                            f"{os.path.join(path, file)} has tensor {name}, which this Llama does not have"
-                        )
+                        where = os.path.join(path, file)
+                        raise ValueError(f"{where} has tensor {name}, which this Llama does not have")
                     ours, shape = expected[name]
-                    state[ours] = f.get_tensor(name)
-                    if tuple(state[ours].shape) != shape:
-                        found = tuple(state[ours].shape)
+                    tensor = f.get_tensor(name)
+                    if tuple(tensor.shape) != shape:
+                        found = tuple(tensor.shape)
                         raise ValueError(f"{file}: {name} has shape {found}, config.json says {shape}")
+                    missing.discard(name)
+                    yield ours, tensor
         except SafetensorError as error:
             raise ValueError(f"{os.path.join(path, file)} cannot be read ({error}): is it cut off?") from None
-    missing = sorted(set(k for k, _ in expected.values()) - set(state))
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of {len(expected)} tensors, {hf_name(missing[0])} among them")
-    return state
+        raise ValueError(f"{path} lacks {len(missing)} of {total} tensors, {min(missing)} among them")
+
+
+@torch.no_grad()
+def assign(p: Tensor, value: Tensor) -> None:
+    """p ← value in p's dtype; under FSDP2, where every rank has the same value, the part of it that is this rank's."""
+    if hasattr(p, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor  # half a second
+
+        value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(value)
+
+
+@torch.no_grad()
+def load_pretrained(model: Llama, path: str) -> None:
+    """Fill a model of this shape, whole or sharded by FSDP2, from a checkpoint folder; weights keep the model's dtype.
+
+    Called by every rank, each of which reads one tensor at a time and keeps its own part: no second copy of the model.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in read_weights(path, model.config):
+        assign(parameters[name], tensor)
 
 
 def with_vocab(config: LlamaConfig, vocab_size: int) -> LlamaConfig:

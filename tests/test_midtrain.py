@@ -15,7 +15,7 @@ import torch
 
 import midtrain
 from data import prepare, run_cli
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, hf_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 ROOT = Path(__file__).parent.parent
@@ -165,6 +165,40 @@ def test_init_takes_the_place_of_base(train, tmp_path):
     train(tmp_path / "b", "--branch", "stable", "--init", start)
     assert not (tmp_path / "b/base").exists()
     assert rows(tmp_path / "b/stable")[0]["loss"] < rows(tmp_path / "a/base")[0]["loss"]
+
+
+def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
+    """From bf16 files in several parts, into one process and into two ranks: the same first losses; no whole second copy."""
+    from safetensors.torch import load_file, save_file
+
+    start = tmp_path / "init"
+    Llama(midtrain.PRESETS["tiny"]).init_weights(5).bfloat16().save_pretrained(str(start))
+    weights = load_file(start / "model.safetensors")
+    (start / "model.safetensors").unlink()
+    for i in range(3):
+        save_file({k: weights[k] for k in sorted(weights)[i::3]}, start / f"model-0000{i + 1}-of-00003.safetensors")
+    monkeypatch.setattr(Llama, "from_pretrained", lambda *args: pytest.fail("a whole copy"))
+    command = ("--branch", "stable", "--init", str(start), "--steps", "4")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        at_step(patch, 1, crash)
+        patch.setattr(
+            midtrain, "make_optimizer", lambda model, lr: seen.append(model) or torch.optim.AdamW(model.parameters())
+        )
+        seen = []
+        train(tmp_path / "a", *command)
+    for name, p in seen[0].named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p.bfloat16(), weights[hf_name(name)])
+    train(tmp_path / "a", *command)
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    flags = ("--out", tmp_path / "b", "--data", shards, "--dtype", "fp32", *command)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver, *flags)
+    done = subprocess.run(
+        launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(rows(tmp_path / "a/stable"), rows(tmp_path / "b/stable"), strict=True):
+        assert max(abs(a[key] - b[key]) for key in a) <= 1e-5, (a, b)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ CASES = {
     "GQA 1, tied": replace(TINY, num_kv_heads=4),
     "GQA 2, untied": replace(TINY, tie_embeddings=False),
     "GQA 4, scaled": replace(TINY, num_kv_heads=1, rope_scaling=SCALING),
+    "Qwen, tied": replace(TINY, qkv_bias=True),
     "GQA 2, scaled, untied, wide heads": replace(TINY, head_dim=16, rope_scaling=SCALING, tie_embeddings=False),
 }
 
@@ -57,7 +58,8 @@ def transformers():
 def test_transformers_reads_what_we_save(case, transformers, tmp_path):
     model = random_llama(CASES[case])
     model.save_pretrained(tmp_path)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(theirs).__name__ == ("Qwen2ForCausalLM" if CASES[case].qkv_bias else "LlamaForCausalLM")
     tokens = random_tokens(2, 48)  # three times the length that SCALING stretches
     assert_close(model(tokens), theirs(tokens).logits)
 
@@ -68,7 +70,11 @@ def test_we_read_what_transformers_saves(case, form, transformers, tmp_path):
     """Both ways to write the rotary embedding: transformers 5's rope_parameters, and Meta's published config.json."""
     config = llama.config_to_hf(CASES[case], "float32")
     torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config, initializer_range=0.3)).eval()
+    config = transformers.AutoConfig.for_model(**config, initializer_range=0.3)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, p in theirs.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
     theirs.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     if form == "rope_parameters":
@@ -286,8 +292,10 @@ def _cut(path):
 
 _NORM = "model.layers.1.input_layernorm.weight"
 DAMAGE = {
-    "another architecture": (_edit_config(model_type="qwen2"), 'model_type "qwen2"'),
+    "another architecture": (_edit_config(model_type="mistral"), 'model_type "mistral"'),
     "biases": (_edit_config(attention_bias=True), "attention_bias"),
+    "another activation": (_edit_config(hidden_act="gelu"), "gelu"),
+    "biases that are not there": (_edit_config(model_type="qwen2"), "lacks 6 of 26 tensors.*proj.bias"),
     "another rotary embedding": (_edit_config(rope_scaling={"rope_type": "yarn"}), "yarn.*llama3"),
     "a field is missing": (_edit_config(num_hidden_layers="gone"), "num_hidden_layers"),
     "another width": (_edit_config(intermediate_size=50), r"\(32, 48\).*\(32, 50\)"),
