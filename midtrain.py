@@ -529,10 +529,10 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
         mixtures = mixtures | {stage: args.mix}
     if stage not in mixtures:
         raise ValueError(f"the data in {data_dir} has no mixture for stage {stage} (valid: {', '.join(mixtures)})")
-    config = PRESETS[args.preset]
-    if run["steps"]["base"]:  # a shape of ours: its vocabulary is the data's
+    config = model_shape(args, parent)
+    if run["steps"]["base"] and not (args.init and parent == "base"):  # a shape of ours: its vocabulary is the data's
         config = with_vocab(config, tok.vocab_size)
-    elif config.vocab_size != tok.vocab_size:
+    elif config.vocab_size < tok.vocab_size:  # more is padding, as Qwen's matrices have it
         raise ValueError(f"the tokenizer of {data_dir} has {tok.vocab_size} ids, this model {config.vocab_size}")
     start = args.init if args.init and parent == "base" else parent or "random"
     return Settings(
@@ -543,6 +543,21 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
         mixture=mixtures[stage], tokenizer=tok.hash, data=file_hash(os.path.join(data_dir, "index.json")),
         model=asdict(replace(config, max_position=max(config.max_position, args.seq_len))),
     )  # fmt: skip
+
+
+def model_shape(args, parent: str | None) -> LlamaConfig:
+    """The preset's; of the paper's presets that of --init, or of the stage below, which may have another."""
+    config, below = PRESETS[args.preset], os.path.join(args.out, parent or "", "config.json")
+    if RUNS[args.preset]["steps"]["base"]:
+        return config
+    if args.init and parent == "base":
+        found = config_from_hf(read_json(os.path.join(args.init, "config.json")))
+    else:
+        found = LlamaConfig(**read_json(below)["model"]) if parent and os.path.exists(below) else config
+    found = replace(found, max_position=config.max_position)
+    if changed := differences(asdict(config), asdict(found)):
+        say_once(f"the schedule of --preset {args.preset}, the model's own shape ({changed})")
+    return found
 
 
 def file_hash(path: str) -> str:
@@ -574,7 +589,8 @@ def load_model(settings: Settings, own: str | None, args, world: World) -> tuple
     from_init = settings.starts_from == args.init and not own
     if from_init:
         check_shape(args.init, config)
-        has_tokenizer = os.path.exists(os.path.join(args.init, tokenizer.FILE_NAME))
+        names = (tokenizer.FILE_NAME, tokenizer.JSON_NAME)
+        has_tokenizer = any(os.path.exists(os.path.join(args.init, name)) for name in names)
         if has_tokenizer and tokenizer.load(args.init).hash != settings.tokenizer:
             raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
     with torch.device("meta"):  # no rank holds the whole model, not even for a moment
@@ -668,7 +684,8 @@ def run_stage(stage: str, args, world: World) -> None:
     where = f"{settings.dtype} on {world.size} x {world.device.type}"
     say(f"[{stage}] {begin}: {size} of {args.batch} x {args.seq_len} tokens, {where}")
     log, speed, tok = MetricsLog(stage_dir, start), Speed(settings, world), tokenizer.load(data_dir)
-    token_bytes = torch.tensor([len(token) for token in tok.ranks] + [0] * (tok.vocab_size - len(tok.ranks)))
+    token_bytes = torch.zeros(tok.vocab_size, dtype=torch.int64)
+    token_bytes[list(tok.ranks.values())] = torch.tensor([len(token) for token in tok.ranks])
     skipped = 0
     with Interrupt() as interrupt:
         for step in range(start + 1, settings.steps + 1):

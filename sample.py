@@ -344,7 +344,7 @@ class Sampler:
     def __init__(self, model: Llama, tokenizer, slots: int = 64, max_len: int | None = None):
         if slots < 1:
             raise ValueError(f"slots {slots} must be at least 1")
-        if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+        if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
             raise ValueError(f"{sizes}: use the tokenizer.model that was saved with the checkpoint")
         self.model, self.tokenizer, self.slots, self.max_len = model, tokenizer, slots, max_len

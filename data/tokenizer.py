@@ -10,17 +10,21 @@ Three choices matter:
    group that is frequent becomes a token. A tiny model then copies a number by copying one token, and learns sums as
    a table; with a token a digit it needs several times the text.
 3. Text is always ordinary: "<|end_of_text|>" typed by a user is encoded as those characters, never as the token.
+4. Hugging Face's tokenizer.json of a byte-level BPE (Llama 3, Qwen 2.5) becomes a tiktoken encoding too, with the pattern and
+   the special tokens that it names, or an error: nothing in it is guessed.
 
     from data import tokenizer
     tok = tokenizer.train(texts, vocab_size=1024); tok.save("tokenizer.model")
-    tok = tokenizer.load("tokenizer.model")        # or a checkpoint folder that holds one
+    tok = tokenizer.load("tokenizer.model")        # or tokenizer.json, or a checkpoint folder that holds one of them
 """
 
 import base64
 import hashlib
 import heapq
+import json
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -29,7 +33,7 @@ from pathlib import Path
 import regex  # tiktoken's own dependency; the standard library's re does not know \p{L}
 import tiktoken
 
-FILE_NAME = "tokenizer.model"
+FILE_NAME, JSON_NAME = "tokenizer.model", "tokenizer.json"
 
 # Meta's published pattern: contractions | words | up to three digits | punctuation | line breaks | spaces
 PATTERN = (
@@ -47,7 +51,9 @@ _LLAMA3_NAMED = {
 _unnamed = [i for i in range(256) if i not in _LLAMA3_NAMED]
 _reserved = {i: f"reserved_special_token_{n}" for n, i in enumerate(_unnamed)}
 LLAMA3_SPECIAL_TOKENS = tuple(f"<|{(_LLAMA3_NAMED | _reserved)[i]}|>" for i in range(256))
-_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # end of a document, of a message, of a turn
+# End of a document, of a message, of a turn; and Qwen's names for the first and the last.
+_ENDS = ("<|end_of_text|>", "<|endoftext|>")
+_STOPS = (*_ENDS, "<|eom_id|>", "<|eot_id|>", "<|im_end|>")
 
 _INVALID_BYTE = re.compile("([\udc80-\udcff])")  # how "surrogateescape" writes a byte that is not UTF-8
 _LONGEST_TEXT = 400_000  # characters, Meta's own limit: tiktoken's regex overflows its stack on a million spaces
@@ -57,21 +63,24 @@ _LONGEST_PIECE = 64  # bytes; longer pieces are rulers and base64, nothing to le
 class Tokenizer:
     """A tiktoken Encoding, with the few facts that the rest of the project asks for.
 
-    encoding: tiktoken.Encoding; vocab_size: ranks + special tokens; eos_id: ends every document;
+    encoding: tiktoken.Encoding; vocab_size: one more than the largest id; eos_id: ends every document;
     stop_ids: the ids that end a text when sampled; hash: hex SHA-256 of the file, which shards and checkpoints record.
     """
 
-    def __init__(self, ranks: dict[bytes, int]):
-        self.ranks = ranks
-        names = LLAMA3_SPECIAL_TOKENS if len(ranks) == LLAMA3_RANKS else SPECIAL_TOKENS
-        special = {name: len(ranks) + i for i, name in enumerate(names)}
-        self.encoding = tiktoken.Encoding("octo", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = len(ranks) + len(special)
-        self.eos_id = special["<|end_of_text|>"]
+    def __init__(self, ranks: dict[bytes, int], json_file: bytes = b"", pattern=PATTERN, special=None, nfc=False):
+        self.ranks, self.json_file, self.nfc = ranks, json_file, nfc
+        if special is None:
+            names = LLAMA3_SPECIAL_TOKENS if len(ranks) == LLAMA3_RANKS else SPECIAL_TOKENS
+            special = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.encoding = tiktoken.Encoding("octo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = 1 + max(*ranks.values(), *special.values())
+        self.eos_id = next(special[name] for name in _ENDS if name in special)
         self.stop_ids = tuple(special[name] for name in _STOPS if name in special)
         self.hash = hashlib.sha256(self._file_bytes()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        if self.nfc:  # Qwen's: é as one character, not as e and an accent
+            text = unicodedata.normalize("NFC", text)
         if len(text) <= _LONGEST_TEXT:
             return self.encoding.encode_ordinary(text)
         slices = (text[i : i + _LONGEST_TEXT] for i in range(0, len(text), _LONGEST_TEXT))
@@ -86,31 +95,45 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids; a character that is cut in the middle becomes U+FFFD (decode_bytes loses nothing)."""
-        return self.encoding.decode(ids)
+        return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return self.encoding.decode_bytes(ids)
+        """Ids past the vocabulary, which models whose matrices are padded can sample, stand for nothing."""
+        return self.encoding.decode_bytes([i for i in ids if i < self.vocab_size])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the tiktoken file (written aside, then renamed; into FILE_NAME if path is a folder)."""
+        """Write the tiktoken file (aside, then renamed; FILE_NAME if path is a folder), or the tokenizer.json beside it."""
         path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        path = path.with_name(JSON_NAME) if self.json_file else path
         aside = path.with_name(path.name + ".tmp")
         aside.write_bytes(self._file_bytes())
         os.replace(aside, path)
 
     def _file_bytes(self) -> bytes:
-        return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items())
+        return self.json_file or b"".join(
+            b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items()
+        )
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
-    """Read a tiktoken file, or the FILE_NAME of a checkpoint folder.
+    """Read a tiktoken file or a tokenizer.json; of a checkpoint folder, the one that it holds.
 
     Read by hand because tiktoken's own reader copies whatever it reads into a cache in the temporary folder.
     Raises FileNotFoundError or ValueError, naming the file and the line.
     """
-    path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    path, folder = Path(path), Path(path)
+    if folder.is_dir():
+        path = (
+            folder / FILE_NAME
+            if (folder / FILE_NAME).is_file() or not (folder / JSON_NAME).is_file()
+            else folder / JSON_NAME
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {path}: give a tiktoken file, or a folder that holds {FILE_NAME}")
+        raise FileNotFoundError(
+            f"no tokenizer at {path}: give a tiktoken file, or a folder that holds {FILE_NAME} or {JSON_NAME}"
+        )
+    if path.suffix == ".json":
+        return _from_json(path)
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -126,6 +149,65 @@ def load(path: str | os.PathLike) -> Tokenizer:
     if missing:
         raise ValueError(f"{path} is no byte-level tokenizer: {len(missing)} of the 256 single bytes have no token")
     return Tokenizer(ranks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face's tokenizer.json
+
+# GPT-2's splitting, which "use_regex" means there, and its way to write any byte as a printable character.
+_GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_BYTE_OF = {chr(b): b for b in _PRINTABLE}
+_BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+
+
+def _from_json(path: Path) -> Tokenizer:
+    """The same ids as Hugging Face's tokenizers give, or ValueError naming what in the file tiktoken cannot do.
+
+    tiktoken joins the pair whose joined token has the lowest rank; a tokenizer.json lists the pairs in order. The two are the
+    same if the ids of the joined tokens rise along that list.
+    """
+    data = path.read_bytes()
+    try:
+        spec = json.loads(data)
+        model, added = spec["model"], {token["content"]: token["id"] for token in spec["added_tokens"]}
+        if model["type"] != "BPE":
+            raise ValueError(f"a {model['type']} model, not BPE")
+        vocab = {token: i for token, i in model["vocab"].items() if token not in added}
+        ranks = {bytes(_BYTE_OF[c] for c in token): i for token, i in sorted(vocab.items(), key=lambda item: item[1])}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        joined = [vocab["".join(pair)] for pair in merges]
+        pattern, nfc = _splitting(spec["pre_tokenizer"]), _is_nfc(spec.get("normalizer"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if type(error) is ValueError else f"not a byte-level BPE ({error!r})"
+        raise ValueError(f"{path} cannot be read: {reason}") from None
+    if any(a >= b for a, b in pairwise(joined)):
+        raise ValueError(f"{path} cannot be read: its merges are not in the order of its ids, which tiktoken goes by")
+    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
+        raise ValueError(f"{path} is no byte-level tokenizer: {len(missing)} of the 256 single bytes have no token")
+    if not any(name in added for name in _ENDS):
+        raise ValueError(f"{path} has no token that ends a text: none of {', '.join(_ENDS)}")
+    return Tokenizer(ranks, data, pattern, added, nfc)
+
+
+def _splitting(spec: dict | None) -> str:
+    """The pattern by which a pre_tokenizer cuts text into pieces."""
+    steps = spec["pretokenizers"] if spec and spec["type"] == "Sequence" else [spec]
+    *before, last = [step or {"type": None} for step in steps]
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        raise ValueError(f"a pre_tokenizer that ends in {last['type']}, not in a plain ByteLevel")
+    if not before and last.get("use_regex", True):
+        return _GPT2_PATTERN
+    if len(before) == 1 and before[0]["type"] == "Split" and not last.get("use_regex", True):
+        if before[0]["behavior"] == "Isolated" and not before[0].get("invert") and "Regex" in before[0]["pattern"]:
+            return before[0]["pattern"]["Regex"]
+    raise ValueError(f"a pre_tokenizer of {' + '.join(step['type'] for step in steps)} with these settings")
+
+
+def _is_nfc(spec: dict | None) -> bool:
+    if spec and spec["type"] != "NFC":
+        raise ValueError(f"a normalizer of type {spec['type']}")
+    return bool(spec)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

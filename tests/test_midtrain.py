@@ -201,6 +201,24 @@ def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
         assert max(abs(a[key] - b[key]) for key in a) <= 1e-5, (a, b)
 
 
+def test_a_paper_preset_takes_the_shape_of_init(train, tmp_path, capsys):
+    """A Qwen with a padded vocabulary under the schedule of 1b, and a branch that stands on what came of it."""
+    midtrain.RUNS["1b"] = midtrain.RUNS["tiny"] | {"steps": midtrain._stages(None, 3, 3)}
+    qwen = LlamaConfig(320, 3, 32, 4, 2, 8, 48, qkv_bias=True)
+    Llama(qwen).init_weights(0).save_pretrained(str(tmp_path / "qwen"))
+    train(tmp_path, "--preset", "1b", "--branch", "stable", "--init", str(tmp_path / "qwen"))
+    assert "num_layers 16 → 3" in capsys.readouterr().out
+    train(tmp_path, "--preset", "1b", "--branch", "short")
+    model = Llama.from_pretrained(midtrain.latest_checkpoint(str(tmp_path / "short")))
+    assert (model.config.qkv_bias, model.config.vocab_size) == (True, 320)
+    assert model.blocks[0].attn.q.bias.any() and not torch.equal(
+        model.embed.weight[:9], Llama(qwen).init_weights(0).embed.weight[:9]
+    )
+    Llama(LlamaConfig(299, 1, 32, 4, 2, 8, 48)).save_pretrained(str(tmp_path / "short_vocab"))
+    with pytest.raises(ValueError, match="has 300 ids, this model 299"):
+        train(tmp_path / "c", "--preset", "1b", "--branch", "stable", "--init", str(tmp_path / "short_vocab"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Resuming
 

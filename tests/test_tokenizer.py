@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -137,3 +138,113 @@ def test_llama3():
              "end_header_id": 7, "eom_id": 8, "eot_id": 9, "python_tag": 10, "reserved_special_token_247": 255}  # fmt: skip
     assert all(special[f"<|{name}|>"] == 128_000 + i for name, i in named.items())
     assert tok.hash == hashlib.sha256(LLAMA3.read_bytes()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def hugging_face(pattern: str | None, normalizer=None, first=()):
+    """A byte-level BPE trained by Hugging Face's library, special tokens after the others or before them."""
+    hf = pytest.importorskip("tokenizers")
+    trained = hf.Tokenizer(hf.models.BPE())
+    pre = hf.pre_tokenizers
+    trained.pre_tokenizer = (
+        pre.ByteLevel(add_prefix_space=False)
+        if pattern is None
+        else pre.Sequence(
+            [pre.Split(hf.Regex(pattern), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    )
+    if normalizer:
+        trained.normalizer = normalizer(hf)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre.ByteLevel.alphabet(), special_tokens=list(first), show_progress=False
+    )
+    trained.train_from_iterator(TEXTS * 3, trainer)
+    trained.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return trained
+
+
+JSON_KINDS = {
+    "GPT-2": lambda: hugging_face(None),
+    "Llama 3": lambda: hugging_face(tokenizer.PATTERN),
+    "Qwen": lambda: hugging_face(QWEN_PATTERN, lambda hf: hf.normalizers.NFC()),
+    "special tokens first": lambda: hugging_face(QWEN_PATTERN, first=("<|pad|>",)),
+}
+WILD = [
+    "",
+    " ",
+    "a  b\n\n c\t12345.6",
+    "naïve cafe\u0301 \u212b",
+    "日本語 🙂👍🏽",
+    "DON'T don't\r\n  x",
+    "<|im_end|> <|endoftext|>",
+    "\x00\x7f\xa0",
+]
+
+
+@pytest.mark.parametrize("kind", JSON_KINDS)
+def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, tmp_path):
+    theirs = JSON_KINDS[kind]()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = tokenizer.load(tmp_path)
+    assert ours.vocab_size == theirs.get_vocab_size()
+    assert ours.eos_id == theirs.token_to_id("<|endoftext|>")
+    assert ours.stop_ids == (ours.eos_id, theirs.token_to_id("<|im_end|>"))
+
+    @given(st.text(max_size=40) | st.sampled_from(TEXTS) | st.sampled_from(WILD))
+    @settings(max_examples=150, deadline=None)
+    def same(text):
+        expected = [i for part in text.split("<|") for i in theirs.encode(part).ids]  # special tokens are no text to us
+        assert [i for part in text.split("<|") for i in ours.encode(part)] == expected
+
+    same()
+    assert ours.encode("<|im_end|>") != [theirs.token_to_id("<|im_end|>")]
+    text = "The cat's 12 hats, and 3 more."
+    assert ours.decode(ours.encode(text)) == text == ours.decode([*ours.encode(text), ours.vocab_size + 5])
+    (tmp_path / "copy").mkdir()
+    ours.save(tmp_path / "copy" / tokenizer.FILE_NAME)
+    again = tokenizer.load(tmp_path / "copy")
+    assert again.hash == ours.hash and again.encode(text) == ours.encode(text)
+
+
+def damaged_json(**changes):
+    def damage(spec):
+        for key, value in changes.items():
+            spec[key] = value
+
+    return damage
+
+
+def swap_merges(spec):
+    merges = spec["model"]["merges"]
+    merges[0], merges[-1] = merges[-1], merges[0]
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (damaged_json(model={"type": "WordPiece", "vocab": {}}), "a WordPiece model, not BPE"),
+        (damaged_json(pre_tokenizer=None), "pre_tokenizer that ends in None"),
+        (damaged_json(pre_tokenizer={"type": "Metaspace"}), "ends in Metaspace"),
+        (damaged_json(normalizer={"type": "Lowercase"}), "a normalizer of type Lowercase"),
+        (damaged_json(added_tokens=[]), "no token that ends a text"),
+        (swap_merges, "not in the order of its ids"),
+        (lambda spec: spec["model"]["vocab"].pop("A"), "1 of the 256 single bytes"),
+        (lambda spec: spec["model"]["vocab"].update({"▁the": 9999}), "not a byte-level BPE"),
+    ],
+)
+def test_a_tokenizer_json_that_tiktoken_cannot_do_is_refused(damage, reason, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    JSON_KINDS["Qwen"]().save(str(path))
+    spec = json.loads(path.read_text())
+    damage(spec)
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=reason):
+        tokenizer.load(path)
