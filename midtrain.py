@@ -21,6 +21,7 @@ What to know before reading:
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -43,6 +44,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nobody keeps two runs out of one folder
+    fcntl = None
 
 from data import Parser, prepare, recipes, run_cli, tokenizer
 from data.loader import Batch, Loader, block_counts
@@ -120,6 +126,8 @@ def setup(threads: int | None = None) -> World:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a memset for every torch.empty
     if "RANK" not in os.environ:
         return World(device=device)
+    if sys.platform == "linux":  # if torchrun is killed, its ranks would train on: let them save and end instead
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     return World(dist.get_rank(), dist.get_world_size(), device, local_rank)
 
@@ -150,6 +158,47 @@ def on_first_rank(work: Callable):
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+LOCK_WAIT = 60  # seconds: the ranks of a run that was killed may still be saving
+
+
+@contextlib.contextmanager
+def alone(folder: str):
+    """Nobody else trains in this folder meanwhile: rank 0 holds a lock that its death, however sudden, gives back.
+
+    ValueError if another process keeps it for longer than LOCK_WAIT.
+    """
+    held: list = []
+    on_first_rank(lambda: held.append(_lock(folder)) if fcntl else None)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _lock(folder: str):
+    os.makedirs(folder, exist_ok=True)
+    file, end = open(os.path.join(folder, "lock"), "a+"), time.monotonic() + LOCK_WAIT  # noqa: SIM115, closed by alone()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip()
+            if time.monotonic() > end:
+                file.close()
+                raise ValueError(
+                    f"process {owner} is training in {folder}: wait for its end, or use another --out"
+                ) from None
+            say_once(f"waiting for process {owner}, which trains in {folder}")
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 @contextlib.contextmanager
@@ -827,7 +876,8 @@ def main() -> None:
             return show_plan(args)
         world = setup(args.threads)
         for stage in on_first_rank(lambda: chain(args)):
-            run_stage(stage, args, world)
+            with alone(os.path.join(args.out, stage)):
+                run_stage(stage, args, world)
 
 
 if __name__ == "__main__":

@@ -721,7 +721,9 @@ def main() -> None:
         if args.report:
             return report_seeds(args.out.split(",")) if "," in args.out else print(report(args.out))
         check(args)
-        Run(args, midtrain.setup(args.threads)).loop()
+        world = midtrain.setup(args.threads)
+        with midtrain.alone(os.path.join(args.out, starting_point(args)[1])):
+            Run(args, world).loop()
 
 
 if __name__ == "__main__":

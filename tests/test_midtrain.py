@@ -1,8 +1,10 @@
 """Mid-training: what resumes is what was not killed, ranks and micro-batches change nothing, bad input is one line."""
 
+import contextlib
 import json
 import math
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -290,6 +292,90 @@ def test_kill_minus_9_loses_nothing(train, tmp_path, shards):
     assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
 
 
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def kill_at(kind: str, process: subprocess.Popen, out: Path, rng: random.Random) -> bool:
+    """SIGKILL at a random moment, while data is prepared, or inside a checkpoint; False if the run ended before that.
+
+    "all" kills torchrun and its ranks, "one rank" a rank, "launcher" torchrun alone: what it leaves behind must end too.
+    """
+    deadline, started, wait = time.monotonic() + 60, time.time(), rng.uniform(0, 1.5)
+
+    def fresh(*paths: Path) -> bool:  # not what the killed ones left
+        with contextlib.suppress(OSError):
+            return any(path.stat().st_mtime > started for path in paths)
+        return False
+
+    while time.monotonic() < deadline and process.poll() is None:
+        if kind == "in preparation" and fresh(*(out / "data").glob("*.tmp")):
+            break
+        if kind == "in a checkpoint" and fresh(out / "base/checkpoints/unfinished"):
+            time.sleep(wait / 30)
+            break
+        running = fresh(out / "base/metrics.jsonl") and (kind != "one rank" or children(process.pid))
+        if kind in ("all", "one rank", "launcher") and running:
+            time.sleep(wait)
+            break
+        time.sleep(0.001)
+    ended = process.poll() is not None
+    ranks = children(process.pid)
+    if kind == "one rank":
+        ranks = [rng.choice(ranks)] if ranks else []
+    for pid in [*ranks] if kind == "one rank" else [process.pid] if kind == "launcher" else [process.pid, *ranks]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(60)  # after the death of a rank torchrun must notice, and end the other one
+    return not ended
+
+
+def survive(folder: Path, kinds: list[str], ranks: int, steps: int, seed: int = 0) -> int:
+    """Start the same command again after each kill, then compare with a run that nobody killed. → kills that struck."""
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "--max-restarts=0",
+    ]
+    program = [sys.executable, driver] if ranks == 1 else [*launch, driver]
+    flags = ["--branch", "base", "--steps", str(steps), "--save-every", "5", "--dtype", "fp32"]
+    rng, struck, environment = random.Random(seed), 0, os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(out: Path, **kwargs) -> subprocess.Popen:
+        command = [str(word) for word in (*program, *flags, "--out", out)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True, **kwargs)
+
+    for kind in kinds:
+        struck += kill_at(kind, start(folder / "killed", stderr=subprocess.DEVNULL), folder / "killed", rng)
+    for out in ("killed", "whole"):
+        assert start(folder / out).wait() == 0
+    for a in (folder / "whole/data").iterdir():
+        assert a.read_bytes() == (folder / "killed/data" / a.name).read_bytes(), a.name
+    assert_same_run(folder / "whole/base", folder / "killed/base")
+    return struck
+
+
+@pytest.mark.parametrize(
+    "ranks, kinds",
+    [(1, ["in preparation", "in a checkpoint", "all"]), (2, ["one rank", "in a checkpoint", "launcher"])],
+)
+def test_killed_and_started_again_is_a_run_that_nobody_killed(tmp_path, ranks, kinds):
+    assert survive(tmp_path, kinds, ranks, steps=120) == len(kinds), "the run was over before a kill: make it longer"
+
+
 @pytest.mark.parametrize("damage", ["cut off", "one bit", "state", "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys, damage):
     command = ("--branch", "base", "--steps", "8")
@@ -339,6 +425,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(train, tmp_path, monkeypatch
 def test_two_checkpoints_are_kept(train, tmp_path):
     train(tmp_path, "--branch", "base", "--steps", "5", "--save-every", "1")
     assert sorted(os.listdir(tmp_path / "base/checkpoints")) == ["latest", "step_000004", "step_000005"]
+
+
+def test_two_runs_do_not_share_a_folder(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(midtrain, "LOCK_WAIT", 0.5)
+    with (
+        midtrain.alone(str(tmp_path / "base")),
+        pytest.raises(ValueError, match=f"process {os.getpid()} is training in"),
+    ):
+        train(tmp_path, "--branch", "base")
+    train(tmp_path, "--branch", "base")
 
 
 def test_every_nth_checkpoint_is_kept_for_good(train, tmp_path):
