@@ -31,6 +31,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,9 @@ def _lock(folder: str):
     return file
 
 
+doing = {"what": "its start"}  # for the last words of a rank that fails
+
+
 @contextlib.contextmanager
 def one_voice():
     """Around a program. All ranks meet the same bad input: rank 0 reports it, and torchrun ends the others at once.
@@ -219,6 +223,16 @@ def one_voice():
         if not is_first():
             time.sleep(3)  # still here: only this rank has failed, so it must speak
         raise
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        print(
+            f"rank {dist.get_rank()} failed in {doing['what']}: {type(error).__name__}: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # at once: the others wait for this rank, and torchrun ends them
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
@@ -738,6 +752,7 @@ def run_stage(stage: str, args, world: World) -> None:
     skipped = 0
     with Interrupt() as interrupt:
         for step in range(start + 1, settings.steps + 1):
+            doing["what"] = f"step {step} of {stage}"
             lr = learning_rate(stage, step - 1, settings.steps, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -508,6 +508,12 @@ REGISTERED = triton and (
 _jit = triton.jit if triton else lambda function: function
 _op = partial(triton_op, mutates_args={}) if REGISTERED else lambda name: lambda function: function
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+if INTERPRETED:  # torch before 2.13 refuses to wrap what the interpreter runs
+
+    def wrap_triton(kernel):
+        return kernel
+
+
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)  # the hardware's exponential is 2^x
 
 # Tiles of attention by head_dim: (BLOCK_M queries, BLOCK_N keys, num_warps of 32 threads, num_stages of loads in flight),

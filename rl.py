@@ -493,6 +493,7 @@ class Run:
             if not self.saved:
                 self.log.write({"step": 0} | self.evaluate())
             while self.step < args.steps:
+                midtrain.doing["what"] = f"step {self.step + 1} of {self.name}"
                 row = self.train_step()
                 signum, last = interrupt.agreed(self.world), self.step == args.steps
                 if self.step % args.log_every == 0 or last or signum:

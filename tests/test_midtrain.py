@@ -427,6 +427,27 @@ def test_two_checkpoints_are_kept(train, tmp_path):
     assert sorted(os.listdir(tmp_path / "base/checkpoints")) == ["latest", "step_000004", "step_000005"]
 
 
+def test_a_rank_that_fails_takes_the_job_down_and_says_where(tmp_path, shards):
+    driver = tmp_path / "driver.py"
+    crash_in_step_3 = """
+steps, real = iter(range(1, 99)), midtrain.train_step
+def train_step(*args):
+    if next(steps) == 3 and midtrain.dist.get_rank() == 1:
+        raise RuntimeError("out of memory")
+    return real(*args)
+midtrain.train_step = train_step
+"""
+    driver.write_text(DRIVER.replace("run_cli(midtrain.main)", crash_in_step_3 + "run_cli(midtrain.main)"))
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver)
+    flags = ("--branch", "base", "--data", shards, "--dtype", "fp32", "--out", tmp_path / "run")
+    start = time.monotonic()
+    done = subprocess.run(
+        [*launch, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "rank 1 failed in step 3 of base: RuntimeError: out of memory" in done.stderr
+    assert time.monotonic() - start < 45, "most of it the start"
+
+
 def test_two_runs_do_not_share_a_folder(train, tmp_path, monkeypatch):
     monkeypatch.setattr(midtrain, "LOCK_WAIT", 0.5)
     with (
