@@ -22,6 +22,7 @@ What to know before reading:
 import argparse
 import contextlib
 import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -186,7 +187,12 @@ def _lock(folder: str):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                say_once(f"{folder} is on a file system without locks: nothing keeps a second run out of it")
+                break
+            if not isinstance(error, BlockingIOError):
+                raise
             file.seek(0)
             owner = file.read().strip()
             if time.monotonic() > end:
@@ -251,8 +257,6 @@ def shard(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1) -> 
         return model if model.embed.weight.is_meta else model.to(world.device)
     # Reductions in fp32, or bf16 would round a sum over many ranks. Inputs are not cast: they hold the rotary tables.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    if world.size % replicas:
-        raise ValueError(f"--replicate {replicas} does not divide {world.size} ranks")
     shape, names = (
         ((replicas, world.size // replicas), ("replicate", "shard")) if replicas > 1 else ((world.size,), None)
     )
@@ -356,8 +360,12 @@ def _publish(aside: str, final: str, model, weights: dict[str, Tensor], tok: Tok
     os.rename(aside, final)
     folder, name = os.path.split(final)
     replace_file(os.path.join(folder, "latest"), name)
-    for old in checkpoints(folder)[KEEP:]:
-        if not keep_every or int(old[-6:]) % keep_every:
+    steps = {path: int(path.rsplit("_", 1)[1]) for path in checkpoints(folder)}
+    for later in [path for path in steps if steps[path] > meta["step"]]:  # damaged, or this run would have begun there
+        shutil.rmtree(later)
+        del steps[later]
+    for old in list(steps)[KEEP:]:
+        if not keep_every or steps[old] % keep_every:
             shutil.rmtree(old)
 
 
@@ -395,7 +403,7 @@ def is_intact(path: str) -> bool:
         files = tuple(os.path.join(path, name) for name in meta["files"])
         modified = tuple(os.stat(file).st_mtime_ns for file in files)
         return _matches(files, tuple(meta["files"].values()), tuple(meta["sha256"].values()), modified)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -586,16 +594,16 @@ def open_data(args) -> str:
 
 def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
     """The preset's table, changed by the flags; --steps and --lr are about the stage that --branch names."""
+    if world.size % args.replicate:
+        raise ValueError(f"--replicate {args.replicate} does not divide {world.size} ranks")
     run, parent, tok, named = RUNS[args.preset], STANDS_ON[stage], tokenizer.load(data_dir), stage == args.branch
     mixtures = recipes.STAGES[read_json(os.path.join(data_dir, "index.json"))["settings"]["world"]]
     if named and args.mix:
         mixtures = mixtures | {stage: args.mix}
     if stage not in mixtures:
         raise ValueError(f"the data in {data_dir} has no mixture for stage {stage} (valid: {', '.join(mixtures)})")
-    config = model_shape(args, parent)
-    if run["steps"]["base"] and not (args.init and parent == "base"):  # a shape of ours: its vocabulary is the data's
-        config = with_vocab(config, tok.vocab_size)
-    elif config.vocab_size < tok.vocab_size:  # more is padding, as Qwen's matrices have it
+    config = model_shape(args, parent, tok.vocab_size)
+    if config.vocab_size < tok.vocab_size:  # more is padding, as Qwen's matrices have it
         raise ValueError(f"the tokenizer of {data_dir} has {tok.vocab_size} ids, this model {config.vocab_size}")
     start = args.init if args.init and parent == "base" else parent or "random"
     return Settings(
@@ -608,16 +616,20 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
     )  # fmt: skip
 
 
-def model_shape(args, parent: str | None) -> LlamaConfig:
-    """The preset's; of the paper's presets that of --init, or of the stage below, which may have another."""
-    config, below = PRESETS[args.preset], os.path.join(args.out, parent or "", "config.json")
-    if RUNS[args.preset]["steps"]["base"]:
-        return config
+def model_shape(args, parent: str | None, vocab_size: int) -> LlamaConfig:
+    """The preset's, with the vocabulary of what it starts from, or of the data; of the paper's presets the whole shape of
+    what it starts from: --init, or the stage below."""
+    config, below, found = PRESETS[args.preset], os.path.join(args.out, parent or "", "config.json"), None
     if args.init and parent == "base":
         found = config_from_hf(read_json(os.path.join(args.init, "config.json")))
-    else:
-        found = LlamaConfig(**read_json(below)["model"]) if parent and os.path.exists(below) else config
-    found = replace(found, max_position=config.max_position)
+    elif parent and os.path.exists(below):
+        try:
+            found = LlamaConfig(**read_json(below)["model"])
+        except (KeyError, TypeError):
+            raise ValueError(f"{below} is not the configuration of a stage: use another --out") from None
+    if RUNS[args.preset]["steps"]["base"]:
+        return with_vocab(config, found.vocab_size if found else vocab_size)
+    found = replace(found or config, max_position=config.max_position)
     if changed := differences(asdict(config), asdict(found)):
         say_once(f"the schedule of --preset {args.preset}, the model's own shape ({changed})")
     return found
@@ -652,10 +664,14 @@ def load_model(settings: Settings, own: str | None, args, world: World) -> tuple
     from_init = settings.starts_from == args.init and not own
     if from_init:
         check_shape(args.init, config)
-        names = (tokenizer.FILE_NAME, tokenizer.JSON_NAME)
-        has_tokenizer = any(os.path.exists(os.path.join(args.init, name)) for name in names)
-        if has_tokenizer and tokenizer.load(args.init).hash != settings.tokenizer:
-            raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
+        places = [
+            os.path.join(args.init, part) for part in ("original", "")
+        ]  # Meta's repositories keep theirs in the first
+        names = [os.path.join(p, name) for p in places for name in (tokenizer.FILE_NAME, tokenizer.JSON_NAME)]
+        if found := [name for name in names if os.path.exists(name)]:
+            data_dir = args.data or os.path.join(args.out, "data")
+            if not tokenizer.load(found[0]).agrees(tokenizer.load(data_dir)):
+                raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
     with torch.device("meta"):  # no rank holds the whole model, not even for a moment
         model = Llama(config)
     model = shard(
@@ -829,7 +845,10 @@ def show_plan(args) -> None:
 def mixture(text: str) -> dict[str, float]:
     """ "web=0.7,long_cot=0.3" → {"web": 0.7, "long_cot": 0.3}"""
     try:
-        weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(","))}
+        parts = sorted(part.split("=") for part in text.split(","))  # in one order: it decides that of the data
+        weights = {name: float(weight) for name, weight in parts}
+        if len(weights) < len(parts):
+            raise ValueError("the weights name a source twice")
         block_counts(weights)
     except ValueError as error:
         reason = error if "weights" in str(error) else "write it as source=share,source=share"

@@ -72,6 +72,7 @@ class Tokenizer:
         if special is None:
             names = LLAMA3_SPECIAL_TOKENS if len(ranks) == LLAMA3_RANKS else SPECIAL_TOKENS
             special = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.pattern, self.known = pattern, {*ranks.values(), *special.values()}
         self.encoding = tiktoken.Encoding("octo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = 1 + max(*ranks.values(), *special.values())
         self.eos_id = next(special[name] for name in _ENDS if name in special)
@@ -98,8 +99,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Ids past the vocabulary, which models whose matrices are padded can sample, stand for nothing."""
-        return self.encoding.decode_bytes([i for i in ids if i < self.vocab_size])
+        """Ids without a token, which models whose matrices are padded can sample, stand for nothing."""
+        return self.encoding.decode_bytes([i for i in ids if i in self.known])
+
+    def agrees(self, other: "Tokenizer") -> bool:
+        """Whether both give the same ids to any text, be one read from Meta's file and one from Hugging Face's."""
+        return (self.ranks, self.pattern, self.nfc) == (other.ranks, other.pattern, other.nfc)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the tiktoken file (aside, then renamed; FILE_NAME if path is a folder), or the tokenizer.json beside it."""
@@ -177,12 +182,24 @@ def _from_json(path: Path) -> Tokenizer:
         ranks = {bytes(_BYTE_OF[c] for c in token): i for token, i in sorted(vocab.items(), key=lambda item: item[1])}
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         joined = [vocab["".join(pair)] for pair in merges]
+        set_of_joined = set(joined)
+        for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+            if model.get(option):
+                raise ValueError(f"its {option} is not supported")
+        for token in spec["added_tokens"]:  # <tool_call> is no text, but a run of spaces is
+            if not token.get("special", True) and not re.fullmatch(r"<.*>", token["content"]):
+                raise ValueError(f"its added token {token['content']!r} is ordinary text")
         pattern, nfc = _splitting(spec["pre_tokenizer"]), _is_nfc(spec.get("normalizer"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else f"not a byte-level BPE ({error!r})"
         raise ValueError(f"{path} cannot be read: {reason}") from None
-    if any(a >= b for a, b in pairwise(joined)):
+    if any(a > b for a, b in pairwise(joined)):
         raise ValueError(f"{path} cannot be read: its merges are not in the order of its ids, which tiktoken goes by")
+    # A token that no merge makes is only ever a whole piece of text (ignore_merges): tiktoken must find no way to join it.
+    for token in (token for token, i in ranks.items() if len(token) > 1 and i not in set_of_joined):
+        halves = any(token[:i] in ranks and token[i:] in ranks for i in range(1, len(token)))
+        if halves or not model.get("ignore_merges"):
+            raise ValueError(f"{path} cannot be read: no merge makes its token {token!r}")
     if missing := [b for b in range(256) if bytes([b]) not in ranks]:
         raise ValueError(f"{path} is no byte-level tokenizer: {len(missing)} of the 256 single bytes have no token")
     if not any(name in added for name in _ENDS):

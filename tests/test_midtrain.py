@@ -394,6 +394,31 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys, damage):
     assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
 
 
+def test_a_new_checkpoint_is_not_taken_for_an_old_one(train, tmp_path):
+    """Both newest are damaged: training begins below them, and what it saves there must stay."""
+    command = ("--branch", "base", "--steps", "12")
+    train(tmp_path, *command)
+    for path in (tmp_path / "base/checkpoints").glob("step_*"):
+        (path / "meta.json").write_text("{}")
+    (tmp_path / "base/config.json").unlink()
+    train(tmp_path, "--branch", "base", "--steps", "4")
+    assert sorted(os.listdir(tmp_path / "base/checkpoints")) == ["latest", "step_000004"]
+
+
+def test_the_order_of_a_mixtures_words_is_no_other_mixture(train, tmp_path):
+    train(tmp_path / "a", "--branch", "base", "--mix", "web=0.75,long_cot=0.25")
+    train(tmp_path / "b", "--branch", "base", "--mix", "long_cot=0.25,web=0.75")
+    assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
+
+
+def test_init_with_a_vocabulary_of_its_own(train, tmp_path):
+    """Larger than the tokenizer's, for a preset whose vocabulary is otherwise the data's; the branch above it too."""
+    Llama(LlamaConfig(310, 2, 32, 4, 2, 8, 64)).init_weights(0).save_pretrained(str(tmp_path / "init"))
+    train(tmp_path, "--branch", "stable", "--init", str(tmp_path / "init"))
+    train(tmp_path, "--branch", "long")
+    assert Llama.from_pretrained(midtrain.latest_checkpoint(str(tmp_path / "long"))).config.vocab_size == 310
+
+
 @pytest.mark.parametrize("fails", ["state", "weights"])
 def test_a_full_disk_leaves_the_earlier_checkpoints(train, tmp_path, monkeypatch, fails):
     from safetensors import SafetensorError
@@ -472,7 +497,7 @@ def test_a_mixture_on_the_command_line(train, tmp_path):
         "loss/web",
         "loss/long_cot",
     }
-    with pytest.raises(ValueError, match="other settings .mixture.web"):
+    with pytest.raises(ValueError, match="other settings .mixture.long_cot 0.25 → 0.5; mixture.web"):
         train(tmp_path, "--branch", "base", "--mix", "web=0.5,long_cot=0.5")
     with pytest.raises(ValueError, match="no source 'code'.*it has.*web"):
         train(tmp_path / "b", "--branch", "base", "--mix", "code=1")
@@ -591,7 +616,9 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         ("--branch long --fast", "valid flags: --activation-checkpointing"),
         ("--branch long --batch 0", "--batch must be above 0, not 0"),
         ("--branch long --lr nan", "--lr must be above 0, not nan"),
-        ("--branch long --mix web=0.5,long_cot=0.4", "must be 0 or more and sum to 1, not 0.9: web 0.5 + long_cot 0.4"),
+        ("--branch long --mix web=0.5,long_cot=0.4", "must be 0 or more and sum to 1, not 0.9: long_cot 0.4 + web 0.5"),
+        ("--branch long --mix web=0.5,web=0.5", "name a source twice"),
+        ("--branch long --replicate 2 --data nowhere", "nowhere"),
         ("--branch long --mix web", "write it as source=share,source=share"),
         ("--branch long --init nowhere", "nowhere/config.json not found"),
         ("--branch base --preset 1b", "take stable"),

@@ -227,9 +227,39 @@ def swap_merges(spec):
     merges[0], merges[-1] = merges[-1], merges[0]
 
 
+def test_every_split_may_be_listed_as_a_merge_as_llama_3_does(tmp_path):
+    """And a token that no merge makes, under ignore_merges, is found as a whole piece."""
+    path = tmp_path / "tokenizer.json"
+    JSON_KINDS["Llama 3"]().save(str(path))
+    spec = json.loads(path.read_text())
+    vocab, order = spec["model"]["vocab"], {}
+    for a, b in spec["model"]["merges"]:
+        for i in range(1, len(a + b)):
+            if (a + b)[:i] in vocab and (a + b)[i:] in vocab:
+                order.setdefault(a + b, []).append([(a + b)[:i], (a + b)[i:]])
+    spec["model"]["merges"] = [pair for token in sorted(order, key=vocab.get) for pair in order[token]]
+    spec["model"]["ignore_merges"] = True
+    vocab["Zqxj"] = max(*vocab.values(), *(t["id"] for t in spec["added_tokens"])) + 1
+    path.write_text(json.dumps(spec))
+    ours, theirs = tokenizer.load(path), pytest.importorskip("tokenizers").Tokenizer.from_file(str(path))
+    for text in [*TEXTS, *WILD[:-2], "Zqxj", "Zqxjk Zqx"]:
+        assert ours.encode(text) == theirs.encode(text).ids, text
+    assert ours.encode("Zqxj") == [vocab["Zqxj"]]
+    assert ours.agrees(tokenizer.load(path)) and not ours.agrees(TOK)
+    spec["model"]["ignore_merges"] = False
+    path.write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="no merge makes its token b'Zqxj'"):
+        tokenizer.load(path)
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [
+        (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "its end_of_word_suffix is not supported"),
+        (
+            lambda spec: spec["added_tokens"].append({"id": 900, "content": "    ", "special": False}),
+            "added token '    ' is ordinary text",
+        ),
         (damaged_json(model={"type": "WordPiece", "vocab": {}}), "a WordPiece model, not BPE"),
         (damaged_json(pre_tokenizer=None), "pre_tokenizer that ends in None"),
         (damaged_json(pre_tokenizer={"type": "Metaspace"}), "ends in Metaspace"),
