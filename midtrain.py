@@ -664,14 +664,9 @@ def load_model(settings: Settings, own: str | None, args, world: World) -> tuple
     from_init = settings.starts_from == args.init and not own
     if from_init:
         check_shape(args.init, config)
-        places = [
-            os.path.join(args.init, part) for part in ("original", "")
-        ]  # Meta's repositories keep theirs in the first
-        names = [os.path.join(p, name) for p in places for name in (tokenizer.FILE_NAME, tokenizer.JSON_NAME)]
-        if found := [name for name in names if os.path.exists(name)]:
-            data_dir = args.data or os.path.join(args.out, "data")
-            if not tokenizer.load(found[0]).agrees(tokenizer.load(data_dir)):
-                raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
+        own_words, data_dir = tokenizer.find(args.init), args.data or os.path.join(args.out, "data")
+        if own_words and not tokenizer.load(own_words).agrees(tokenizer.load(data_dir)):
+            raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
     with torch.device("meta"):  # no rank holds the whole model, not even for a moment
         model = Llama(config)
     model = shard(

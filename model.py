@@ -425,10 +425,13 @@ class Llama(nn.Module):
             x, residual = block(x, residual, where, layer)
         return self.norm(x, residual)[0]
 
+    def output_weight(self, dtype: torch.dtype) -> Tensor:
+        """The output projection (vocab, hidden), tied or not."""
+        return (self.embed.weight if self.head is None else self.head.weight).to(dtype)
+
     def logits(self, h: Tensor) -> Tensor:
         """Activations (..., hidden) → logits (..., vocab) in fp32."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        return F.linear(h, weight.to(h.dtype)).float()
+        return F.linear(h, self.output_weight(h.dtype)).float()
 
     def nll(self, h: Tensor, targets: Tensor, temperature: float = 1.0, reduction: str = "none"):
         """-log softmax(logits / temperature)[target] for each token: h (B, T, hidden), targets (B, T) → (B, T) fp32.
@@ -438,8 +441,7 @@ class Llama(nn.Module):
         """
         assert reduction in ("none", "sum"), f'reduction "{reduction}"; valid: none, sum'
         if has_kernels(h):
-            weight = self.embed.weight if self.head is None else self.head.weight
-            return fused_nll(h.flatten(0, 1), weight.to(h.dtype), targets, temperature, reduction)
+            return fused_nll(h.flatten(0, 1), self.output_weight(h.dtype), targets, temperature, reduction)
         nll = self._nll_reference(h, targets, temperature)
         return nll if reduction == "none" else (nll.sum(), nll.detach())
 

@@ -488,8 +488,7 @@ def load(path: str, device: str = "cpu"):
     from data import tokenizer
 
     folder = find_checkpoint(path)
-    original = os.path.join(folder, "original")  # where Meta's repositories keep tokenizer.model
-    words = tokenizer.load(original if os.path.isdir(original) else folder)
+    words = tokenizer.load(folder)
     meta = os.path.join(folder, "meta.json")  # of our checkpoints: says which tokenizer they were trained with
     if os.path.exists(meta) and read_json(meta).get("tokenizer", words.hash) != words.hash:
         raise ValueError(f"{folder}: its tokenizer.model is not the one that this model was trained with")

@@ -120,19 +120,21 @@ class Tokenizer:
         )
 
 
+def find(folder: str | os.PathLike) -> Path | None:
+    """The tokenizer file of a checkpoint folder: Meta's own, which its repositories keep in original/, or tokenizer.json."""
+    files = (Path(folder) / name for name in (f"original/{FILE_NAME}", FILE_NAME, JSON_NAME))
+    return next((file for file in files if file.is_file()), None)
+
+
 def load(path: str | os.PathLike) -> Tokenizer:
     """Read a tiktoken file or a tokenizer.json; of a checkpoint folder, the one that it holds.
 
     Read by hand because tiktoken's own reader copies whatever it reads into a cache in the temporary folder.
     Raises FileNotFoundError or ValueError, naming the file and the line.
     """
-    path, folder = Path(path), Path(path)
-    if folder.is_dir():
-        path = (
-            folder / FILE_NAME
-            if (folder / FILE_NAME).is_file() or not (folder / JSON_NAME).is_file()
-            else folder / JSON_NAME
-        )
+    path = Path(path)
+    if path.is_dir():
+        path = find(path) or path / FILE_NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer at {path}: give a tiktoken file, or a folder that holds {FILE_NAME} or {JSON_NAME}"
