@@ -131,7 +131,31 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
         y, s, _ = torch.ops.octo.rms_norm(x, residual, weight, eps)
         return y, x if residual is None else s
     s = x if residual is None else residual + x
+    if s.device.type == "cpu":
+        return _RMSNorm.apply(s, weight, eps), s
     return F.rms_norm(s.float(), (s.shape[-1],), weight.float(), eps).to(s.dtype), s
+
+
+class _RMSNorm(torch.autograd.Function):
+    """norm(s) on a CPU: with a backward by hand it takes half the passes over s that PyTorch's takes."""
+
+    @staticmethod
+    def forward(ctx, s, weight, eps):
+        x = s if s.dtype == torch.float64 else s.float()
+        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        n = x * inverse
+        ctx.save_for_backward(n, inverse, weight)
+        return (n * weight).to(s.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        n, inverse, weight = ctx.saved_tensors
+        along = dy * n
+        dw = along.flatten(0, -2).sum(0)
+        dy_w = dy * weight.to(n.dtype)
+        mean = (along @ weight.to(n.dtype)).div_(n.shape[-1]).unsqueeze(-1)
+        # s = n / inverse, and n's length is fixed: what dy has along n is taken out of it
+        return dy_w.addcmul_(n, mean, value=-1).mul_(inverse).to(dy.dtype), dw.to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -171,8 +195,26 @@ def rope_tables(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (x[i], x[i + D/2]) of x (B, T, H, D) by their angles: the half-split layout of Hugging Face."""
+    if x.device.type == "cpu":
+        return _Rope.apply(x, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class _Rope(torch.autograd.Function):
+    """apply_rope() on a CPU; its backward turns by the same angles the other way."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        x32 = x.float()
+        return (x32 * cos).addcmul_(x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        dy32 = dy.float()
+        return (dy32 * cos).addcmul_(dy32.roll(dy.shape[-1] // 2, -1), sin, value=-1).to(dy.dtype), None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,16 +240,58 @@ def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, mask: T
         return torch.ops.octo.attention(q, k, v, starts)[0]
     if mask is None and doc_start is not None:
         mask = document_mask(doc_start, q.dtype)
-    K = k.shape[2]
-    if mask is not None and q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512:
-        # Two matrix products: measured 1.5x as fast, forward and backward, as torch's fused kernel in bf16 on a CPU.
-        q = (q * D**-0.5).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
-        scores = (q @ k.permute(0, 2, 3, 1)).view(B, K, H // K, T, T)
-        probs = (scores + mask[:, :, None]).softmax(-1).view(B, K, -1, T)
-        return (probs @ v.transpose(1, 2)).view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
-    k, v = (x.repeat_interleave(H // K, dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
+    # On longer rows its probabilities would take too much memory, and a compiler cannot follow where documents begin.
+    if mask is not None and q.device.type == "cpu" and T <= 2048 and not torch.compiler.is_compiling():
+        return _BlockAttention.apply(q, k, v, mask, doc_start[:, ::QUERIES].amin(0).tolist())
+    k, v = (x.repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
     return out.transpose(1, 2)
+
+
+QUERIES = 64  # in a block, on a CPU
+
+
+class _BlockAttention(torch.autograd.Function):
+    """attention() on a CPU: a block of QUERIES at a time, against no other keys than those between the first that one of
+    them sees and the last. torch's fused kernel visits all keys where there is a mask, and was measured to take 1.5 to 10
+    times as long, forward and backward. The query heads of one KV head are rows of the same product: t * G + g.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, first):
+        B, T, H, D = q.shape
+        K, G = k.shape[2], H // k.shape[2]
+        grouped = q.view(B, T, K, G, D).permute(0, 2, 1, 3, 4)
+        q = torch.mul(grouped, D**-0.5, out=q.new_empty(grouped.shape)).view(B * K, T * G, D)
+        k, v = (x.transpose(1, 2).reshape(B * K, T, D) for x in (k, v))
+        out, probs = torch.empty_like(q), []
+        for begin, low in zip(range(0, T, QUERIES), first, strict=True):
+            end = min(begin + QUERIES, T)
+            rows = slice(begin * G, end * G)
+            scores = q[:, rows] @ k[:, low:end].mT
+            scores.view(B, K, end - begin, G, end - low).add_(mask[:, :, begin:end, None, low:end])
+            probs.append(scores.softmax(-1))
+            torch.bmm(probs[-1], v[:, low:end], out=out[:, rows])
+        ctx.save_for_backward(q, k, v, *probs)
+        ctx.first, ctx.shape = first, (B, T, K, G, D)
+        return out.view(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
+
+    @staticmethod
+    def backward(ctx, do):
+        B, T, K, G, D = ctx.shape
+        q, k, v, *probs = ctx.saved_tensors
+        do = do.reshape(B, T, K, G, D).transpose(1, 2).reshape(B * K, T * G, D)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for begin, low, p in zip(range(0, T, QUERIES), ctx.first, probs, strict=True):
+            end = min(begin + QUERIES, T)
+            rows = slice(begin * G, end * G)
+            dv[:, low:end].baddbmm_(p.mT, do[:, rows])
+            dp = do[:, rows] @ v[:, low:end].mT
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp))
+            torch.bmm(ds, k[:, low:end], out=dq[:, rows])
+            dk[:, low:end].baddbmm_(ds.mT, q[:, rows])
+        dq = dq.mul_(D**-0.5).view(B, K, T, G, D).transpose(1, 2).reshape(B, T, K * G, D)
+        return dq, *(x.view(B, K, T, D).transpose(1, 2) for x in (dk, dv)), None, None
 
 
 HEAD_DIMS = (16, 32, 64, 128)  # that the attention kernels have tiles for; others get the plain PyTorch
@@ -462,6 +546,8 @@ class Llama(nn.Module):
         logits = self.logits(h)
         if temperature != 1.0:
             logits = logits / temperature
+        if logits.device.type == "cpu":
+            return _CrossEntropy.apply(logits, targets)
         return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")
 
     @staticmethod
@@ -485,6 +571,27 @@ class Llama(nn.Module):
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         with open(os.path.join(path, "config.json"), "w") as f:
             json.dump(config_to_hf(self.config, dtype), f, indent=2)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Logits (N, V) in fp32, targets (N,) → nll (N,) on a CPU, where one softmax serves forward and backward: a
+    log-softmax, and exp of it later, take twice the time. -log p = largest logit - logit - log(largest probability).
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        probs = logits.softmax(-1)
+        valid, index = targets >= 0, targets.clamp(min=0)[:, None]
+        nll = logits.amax(-1) - logits.gather(1, index)[:, 0] - probs.amax(-1).log()
+        nll = nll.where(valid, 0.0)
+        probs.scatter_add_(1, index, probs.new_full(index.shape, -1.0))  # now the gradient: softmax - one-hot
+        ctx.save_for_backward(probs, valid)
+        return nll
+
+    @staticmethod
+    def backward(ctx, dnll):
+        probs, valid = ctx.saved_tensors
+        return probs.mul_((dnll * valid)[:, None]), None  # in place: autograd refuses to come here twice
 
 
 LOGITS_BUDGET = 1 << 25  # numbers: 128 MiB in fp32, 261 tokens of Llama 3's vocabulary

@@ -185,7 +185,8 @@ class _Story:
             return
         names = {"A": self.names[a], "B": self.names[b], "C": self.names[c if c is not None else a]}
         self.sentences.append(rng.choice(WORDINGS[kind]).format(t=self.thing, n=n, m=m, **names))
-        self.roles.append(f"{kind}{a}{b}{c if kind == 'both' else ''}")
+        a, c = sorted((a, c)) if kind == "both" else (a, "")  # "A and C together" is "C and A together"
+        self.roles.append(f"{kind}{a}{b}{c}")
         self.touched = b
 
 

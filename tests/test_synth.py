@@ -31,6 +31,14 @@ def test_splits_share_no_structure_and_no_text():
         assert {row["level"] for row in rows[split]} == set(range(1, synth.MAX_LEVEL + 1))
 
 
+def test_structure_does_not_know_the_order_of_summands():
+    """ "Ben and Ann together" is no other problem than "Ann and Ben together": it must not fall into another split."""
+    rng = random.Random(0)
+    roles = [role for _ in range(2000) for role in synth.make_problem(rng, 3, "train").structure.split()]
+    both = [role.removeprefix("both") for role in roles if role.startswith("both")]
+    assert len(both) > 100 and all(a < c for a, _, c in both)
+
+
 def test_documents_of_a_split_use_its_structures_only(monkeypatch):
     seen = []
     draw = synth.make_problem
