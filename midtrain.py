@@ -52,7 +52,7 @@ try:
 except ImportError:  # Windows: there nobody keeps two runs out of one folder
     fcntl = None
 
-from data import Parser, prepare, recipes, run_cli, tokenizer
+from data import Parser, prepare, recipes, run_cli, shards, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
 from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, read_json, with_vocab
@@ -579,7 +579,7 @@ class Settings:
 def open_data(args) -> str:
     """The folder of prepared shards; the tiny preset's are generated now if they are not there."""
     run, folder = RUNS[args.preset], args.data or os.path.join(args.out, "data")
-    found = prepare.read_index(folder) is not None
+    found = shards.read_index(folder) is not None
     if args.data and not found:
         how = f"python -m data.prepare --data {folder} --out {args.out}/data --seq-len {args.seq_len}"
         raise ValueError(f"--data {folder} has no index.json. To make shards of public files: {how}")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.prepare import Shard, read_index
+from data.shards import Shard, read_index
 
 LARGEST_BLOCK = 10_000  # a weight that is no whole count in any block up to here is rounded to 1/10,000
 

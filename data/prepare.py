@@ -1,231 +1,336 @@
-r"""Documents → token shards, and the format of a shard.
+r"""Documents → token shards (their format: shards.py).
 
-    python -m data.prepare --data DIR --out DIR                     every "real" source of recipes.py
+    python -m data.prepare --data DIR --out DIR                     the sources of world "real": public files in DIR
     python -m data.prepare --data DIR --out DIR --tokenizer FILE --sources math_text,short_cot --max-tokens 1000000
+    python -m data.prepare --world paper --out DIR --tokenizer Llama-3.2-1B --seq-len 8192 --max-tokens dclm=21e9,numina=2e9
+    python -m data.prepare --out DIR --source notes=text:notes.jsonl --source qa=qa:hub:openai/gsm8k:main    your own
 
-OUT then holds tokenizer.model, for each source NAME.train.bin and NAME.val.bin (held-out documents), and index.json,
-which is written last: a folder that has one is complete, and running the same command again does nothing.
+What happens to a source, row by row: its format (recipes.py) makes a document of it; one that contains 13 words in a row of
+a problem of the evaluation files is dropped, and so is one that came before, letter by letter; every 64th of the rest is
+held out; all are tokenised, by --workers processes.
 
-A shard describes itself. Its first 4,096 bytes are text (`head -1 FILE`): magic, version, then a JSON object padded with
-spaces. Three arrays follow, so that a shard of any size is opened by np.memmap, without reading it:
-
-    tokens  (N,) uint16, or uint32 for more than 65,536 ids; padded to 8 bytes
-    starts  (D,) int64: where in `tokens` each document begins
-    used    (R,) int64: how many tokens of each packed row are real (kind "document" only)
-
-Every document ends in the end-of-text token. Kind "text" is one stream of documents. Kind "document" has R rows of
-seq_len + 1 tokens (inputs, and targets shifted by one), packed first-fit and filled up with padding, which is known by
-`used`, never by its value. A document that is longer than a row is cut into rows that overlap by one token, so that each of
-its tokens but the first is a target once.
+OUT then holds tokenizer.model, for each source NAME.train.bin and NAME.val.bin, and index.json, which is written last: a
+folder that has one is complete, and running the same command again does nothing. Until then there are `unfinished.json`
+and, for the source in work, NAME.parts/: consecutive rows, tokenised, a few MB a file. What is in them is not done again:
+kill the command at any moment, and the same command goes on and writes the same bytes.
 """
 
+import argparse
+import contextlib
 import gzip
 import hashlib
+import itertools
 import json
+import math
+import multiprocessing
 import os
+import re
+import shutil
+import threading
 import zlib
 from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import zip_longest
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from data import Parser, recipes, run_cli, tokenizer
+from data.shards import read_index, read_json, tok_dtype, write_shard
 from data.tokenizer import Tokenizer
 
-MAGIC, VERSION, HEADER_BYTES = "octothinker-shard", 1, 4096
-OPEN_ROWS = 256  # rows that packing keeps open; more waste less padding and take longer to search
 VAL_EVERY = 64  # of a real source, every 64th document is held out
+PART_CHARACTERS = 4 << 20  # of text in a part: seconds of work
+GRAM = 13  # words in a row that a document must not share with a benchmark's problem (as GPT-3's report has it)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A shard, read
+# A source, tokenised part by part
 
 
-class Shard:
-    """One shard, memory-mapped. header: dict; tokens (N,), starts (D,), used (R,): arrays as in the file.
+class Source(NamedTuple):
+    """read(n, count): the documents of all rows from row n on, "" where a row has none and None where it is marked as the
+    answer to a benchmark's problem; count(bytes), if they come from files of `size` bytes, is told how many were read."""
 
-    Opening compares the file's size with the header's; check() reads everything and compares the checksum. Both raise
-    ValueError and name the file.
+    kind: str  # "text" | "document"
+    read: Callable[[int, Callable[[int], None]], Iterator[str | None]]
+    max_tokens: int | None  # of training; None: all
+    val_every: int = VAL_EVERY
+    unique: bool = True  # drop what came before
+    size: int = 0
+
+
+KEPT, EMPTY, MARKED, OVERLAP = range(4)  # what becomes of a row, as far as its part knows
+FATES = {
+    EMPTY: "without a document",
+    MARKED: "marked as a benchmark's",
+    OVERLAP: f"sharing {GRAM} words with a benchmark",
+}
+
+
+_LETTER = np.zeros(256, np.uint8)  # 1 to 36 for letters, in whatever case, and digits; 0 for what stands between words
+for _i, _character in enumerate("abcdefghijklmnopqrstuvwxyz0123456789", 1):
+    _LETTER[[ord(_character), ord(_character.upper())]] = _i
+_FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # of eight, as one number
+
+
+def word_runs(text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A 64-bit number for each run of GRAM words → (runs (n,) uint64, where words begin (n + GRAM - 1,)).
+
+    A word is known by its length, its first and its last eight letters. All in numpy, a pass over a few hundred kB at a
+    time: an eighth of what tokenising costs.
     """
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.header = h = _read_header(self.path)
-        self.kind, self.seq_len = h["kind"], h["seq_len"]
-        width = np.dtype(h["dtype"]).itemsize
-        starts_at = HEADER_BYTES + -(-h["tokens"] * width // 8) * 8
-        used_at = starts_at + 8 * h["documents"]
-        size, expected = self.path.stat().st_size, used_at + 8 * h["rows"]
-        if size != expected:
-            raise ValueError(f"{self.path} is truncated or damaged: {size} bytes, not {expected}; prepare it again")
-        self.tokens = self._map(h["dtype"], HEADER_BYTES, h["tokens"])
-        self.starts = self._map("int64", starts_at, h["documents"])
-        self.used = self._map("int64", used_at, h["rows"])
-
-    def _map(self, dtype: str, offset: int, count: int) -> np.ndarray:
-        if count == 0:  # np.memmap refuses empty arrays
-            return np.empty(0, dtype)
-        return np.asarray(np.memmap(self.path, dtype, "r", offset, (count,)))  # a plain view: memmap slices slowly
-
-    def check(self) -> None:
-        with open(self.path, "rb") as f:
-            if _checksum(f) != self.header["sha256"]:
-                raise ValueError(f"{self.path} is damaged: its checksum is not the header's; prepare it again")
+    odd, other = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # powers of an odd number never vanish
+    letters = _LETTER[np.frombuffer(b"\0" + text + bytes(9), np.uint8)]
+    edges = np.flatnonzero((letters[1:] > 0) != (letters[:-1] > 0))  # by turns before a word, and its last letter
+    first, last = edges[::2] + 1, edges[1::2]
+    if len(first) < GRAM:
+        return np.empty(0, np.uint64), first - 1
+    length, eight = last - first + 1, np.lib.stride_tricks.sliding_window_view(letters, 8)
+    head = np.ascontiguousarray(eight[first]).view(np.uint64)[:, 0] & _FIRST_BYTES[np.minimum(length, 8)]
+    tail = np.ascontiguousarray(eight[np.maximum(last - 7, first)]).view(np.uint64)[:, 0]
+    word = (head * odd) ^ ((np.where(length > 8, tail, 0) + length.astype(np.uint64)) * other)
+    word ^= word >> np.uint64(29)
+    two = word[:-1] * odd + word[1:]
+    four = two[:-2] * odd**2 + two[2:]
+    twelve = (four[:-4] * odd**4 + four[4:])[:-4] * odd**4 + four[8:]
+    return twelve[:-1] * odd + word[12:], first - 1
 
 
-def _checksum(f) -> str:
-    """Hex SHA-256 of an open shard's arrays."""
-    digest = hashlib.sha256()
-    f.seek(HEADER_BYTES)
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+def _runs_by_text(texts: list[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(runs, the text in which each begins, and ends), for as many texts at a time as fit the processor's cache."""
+    ends, begin = np.cumsum([len(text) + 1 for text in texts]), 0
+    while begin < len(texts):
+        offset = ends[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(ends, offset + (1 << 18))))
+        runs, words = word_runs(b"\0".join(texts[begin:end]))
+        owners = np.repeat(np.arange(begin, end), np.diff(np.searchsorted(words + offset, ends[begin:end]), prepend=0))
+        yield runs, owners[: len(runs)], owners[GRAM - 1 :]
+        begin = end
 
 
-def _read_header(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"no shard at {path}: prepare the data again")
-    with open(path, "rb") as f:
-        magic, version, text = (f.read(HEADER_BYTES).split(b" ", 2) + [b"", b""])[:3]
-    if (magic, version) != (MAGIC.encode(), b"%d" % VERSION):
-        raise ValueError(f"{path} is not a token shard of version {VERSION}: prepare it again")
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(f"{path} is truncated or damaged in its header: prepare it again") from None
+class Grams:
+    """All runs of GRAM words of some problems; shorter problems have none."""
+
+    def __init__(self, problems: Iterable[str] = ()):
+        parts = _runs_by_text([problem.encode("utf-8", "replace") for problem in problems])
+        self.runs = np.sort(np.concatenate([np.empty(0, np.uint64), *(r[first == last] for r, first, last in parts)]))
+        self.maybe = np.zeros(1 << 24, bool)  # by the first bits: what is not there need not be searched for
+        self.maybe[self.runs >> np.uint64(40)] = True
+
+    def shared_by(self, texts: list[bytes]) -> np.ndarray:
+        """(texts,) bool: which have a run in common with a problem."""
+        out = np.zeros(len(texts), bool)
+        for runs, first, last in _runs_by_text(texts) if len(self.runs) else ():
+            found = np.flatnonzero(self.maybe[runs >> np.uint64(40)])
+            place = np.searchsorted(self.runs, runs[found]).clip(max=len(self.runs) - 1)
+            found = found[(self.runs[place] == runs[found]) & (first[found] == last[found])]
+            out[first[found]] = True
+        return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A shard, written
-
-
-def write_shard(
-    path: Path, kind: str, texts: Iterable[str], tok: Tokenizer, seq_len: int, max_tokens: int | None = None
-) -> dict:
-    """Tokenise documents into one shard until there are max_tokens (padding aside); returns the shard's header."""
-    dtype = np.dtype("uint16" if tok.vocab_size <= 1 << 16 else "uint32")
-    header = {"kind": kind, "dtype": dtype.name, "seq_len": seq_len, "tokenizer": tok.hash}
-    documents = _tokenize(texts, tok, max_tokens, label=path.name)
-    rows = pack(documents, seq_len + 1) if kind == "document" else ((ids, [0]) for ids in documents)
-    starts, used, count = array("q"), array("q"), 0  # array("q"): int64 that grows, 8 bytes each
+def write_part(path: Path, texts: list[str | None], tok: Tokenizer, grams: Grams) -> None:
+    """Tokenise a few rows into a file of arrays: tokens; and for each row its length, digest and fate."""
+    data = [(text or "").encode("utf-8", "replace") for text in texts]
+    fates = np.where(grams.shared_by(data), OVERLAP, KEPT).astype(np.uint8)
+    tokens, lengths = array("H" if tok_dtype(tok) == np.uint16 else "I"), np.zeros(len(texts), np.int64)
+    for i, text in enumerate(texts):
+        if not text:
+            fates[i] = MARKED if text is None else EMPTY
+        elif fates[i] == KEPT:
+            ids = tok.encode(text)
+            ids.append(tok.eos_id)
+            tokens.fromlist(ids)
+            lengths[i] = len(ids)
+    digests = np.array(
+        [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in data], np.uint64
+    )
     aside = path.with_name(path.name + ".tmp")
+    with open(aside, "wb") as f:
+        np.savez(f, tokens=np.frombuffer(tokens, tok_dtype(tok)), lengths=lengths, digests=digests, fates=fates)
+    os.replace(aside, path)
+
+
+_worker: dict = {}  # of a process of the pool: its tokenizer and grams
+
+
+def _start_worker(folder: str, problems: list[str]) -> None:
+    _worker.update(tok=tokenizer.load(folder), grams=Grams(problems))
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent says nothing
+
+
+def _work(path: Path, texts: list[str | None]) -> None:
+    write_part(path, texts, **_worker)
+
+
+def _parts(source: Source, folder: Path, tok: Tokenizer, grams: Grams, pool: Executor | None, workers: int, count):
+    """The parts of a source in their order: those that are in the folder already, then new ones."""
+    folder.mkdir(exist_ok=True)
+    number = rows = 0
+    while (path := folder / f"{number:06d}.npz").exists():
+        rows, number = rows + len(np.load(path)["lengths"]), number + 1
+        yield path
+    waiting: deque = deque()
     try:
-        with open(aside, "w+b") as f:
-            f.write(b" " * HEADER_BYTES)
-            for ids, begins in rows:
-                starts.extend(count + begin for begin in begins)
-                if kind == "document":
-                    used.append(len(ids))
-                    ids = ids + [tok.eos_id] * (seq_len + 1 - len(ids))
-                f.write(np.array(ids, dtype).tobytes())
-                count += len(ids)
-            f.write(b"\0" * (-count * dtype.itemsize % 8) + starts.tobytes() + used.tobytes())
-            header |= {"tokens": count, "documents": len(starts), "rows": len(used)}
-            header |= {"padding": count - sum(used) if used else 0, "sha256": _checksum(f)}
-            f.seek(0)
-            f.write(f"{MAGIC} {VERSION} {json.dumps(header)}".ljust(HEADER_BYTES - 1).encode() + b"\n")
-        os.replace(aside, path)
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error})") from None
-    finally:
-        aside.unlink(missing_ok=True)  # what a failure leaves, a full disk first of all
-    return header
+        for number, texts in enumerate(_slices(source.read(rows, count)), start=number):  # noqa: B020
+            path = folder / f"{number:06d}.npz"
+            waiting.append((path, pool.submit(_work, path, texts) if pool else write_part(path, texts, tok, grams)))
+            while len(waiting) > 2 * workers or (waiting and not pool):
+                yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+    finally:  # there may be enough before the end: nobody must write into the folder any more
+        for _, future in waiting:
+            if future and not future.cancel():
+                future.exception()
 
 
-def _tokenize(texts: Iterable[str], tok: Tokenizer, max_tokens: int | None, label: str) -> Iterator[list[int]]:
-    total = 0
-    with tqdm(desc=label, total=max_tokens, unit="tok", unit_scale=True, disable=None) as bar:
-        for text in texts:
-            ids = [*tok.encode(text), tok.eos_id]
-            total += len(ids)
-            bar.update(len(ids))
-            yield ids
-            if max_tokens is not None and total >= max_tokens:
-                return
+def _slices(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+    rows: list[str | None] = []
+    characters = 0
+    for text in texts:
+        rows.append(text)
+        characters += 100 + len(text or "")
+        if characters >= PART_CHARACTERS:
+            yield rows
+            rows, characters = [], 0
+    if rows:
+        yield rows
 
 
-def pack(documents: Iterable[list[int]], capacity: int) -> Iterator[tuple[list[int], list[int]]]:
-    """First-fit: each document goes into the first open row that has room. Yields (row, where documents begin in it).
+def _finished(path: Path, future) -> Path:
+    try:
+        if future:
+            future.result()
+    except BrokenProcessPool:
+        raise OSError("a worker died, out of memory perhaps: the same command goes on, with fewer --workers") from None
+    return path
 
-    At most OPEN_ROWS rows are open; when one more is needed the fullest is closed, so memory does not grow with the
-    corpus, and the same documents always give the same rows.
-    """
-    rows: list[tuple[list[int], list[int]]] = []
-    free: list[int] = []
-    for ids in documents:
-        for begin in range(0, max(len(ids) - 1, 1), capacity - 1):  # one round, unless the document must be cut
-            part = ids[begin : begin + capacity]
-            place = next((i for i, room in enumerate(free) if room >= len(part)), len(rows))
-            if place == len(rows) == OPEN_ROWS:
-                place = free.index(min(free))
-                yield rows[place]
-                rows[place], free[place] = ([], []), capacity
-            elif place == len(rows):
-                rows.append(([], []))
-                free.append(capacity)
-            rows[place][1].append(len(rows[place][0]))
-            rows[place][0].extend(part)
-            free[place] -= len(part)
-    yield from rows
+
+def _choose(source: Source, parts: Iterator[Path], budgets: list[float], bar: tqdm) -> tuple[list, Counter]:
+    """Which rows to keep, until there are enough tokens → [(part, (rows,) 0 dropped, 1 train, 2 val)], why some were not."""
+    chosen, dropped, seen, kept, tokens = [], Counter(), set(), 0, [0, 0, 0]
+    for path in parts:
+        with np.load(path) as part:
+            rows = zip(part["fates"].tolist(), part["lengths"].tolist(), part["digests"].tolist())
+            splits = np.zeros(len(part["fates"]), np.int8)
+        for i, (fate, length, digest) in enumerate(rows):
+            if fate != KEPT:
+                dropped[FATES[fate]] += 1
+            elif source.unique and digest in seen:
+                dropped["seen before"] += 1
+            else:
+                seen.add(digest)
+                split = 2 if kept % source.val_every == 0 else 1
+                kept += 1
+                if tokens[split] < budgets[split - 1]:
+                    splits[i] = split
+                    tokens[split] += length
+        chosen.append((path, splits))
+        bar.update(tokens[1] - bar.n)
+        if all(n >= budget for n, budget in zip(tokens[1:], budgets)):
+            break
+    return chosen, dropped
+
+
+def _documents(chosen: list, split: int) -> Iterator[np.ndarray]:
+    for path, splits in chosen:
+        with np.load(path) as part:
+            tokens, ends = part["tokens"], np.cumsum(part["lengths"])
+        for i in np.flatnonzero(splits == split).tolist():
+            yield tokens[ends[i - 1] if i else 0 : ends[i]]
+
+
+def _prepare_source(name: str, source: Source, out: Path, tok: Tokenizer, grams: Grams, pool, workers, seq_len) -> dict:
+    """Both shards of a source; returns its entry in the index."""
+    folder, read = out / f"{name}.parts", [0]
+    budget = source.max_tokens or math.inf
+    budgets = [budget, max(budget / source.val_every, 4 * seq_len)]
+
+    def count(size: int) -> None:
+        read[0] += size
+        if source.max_tokens is None and source.size:
+            bar.total = int(max(bar.n, 1) * max(1.0, source.size / read[0]))  # what the rest will come to
+
+    with tqdm(desc=name, total=source.max_tokens, unit="tok", unit_scale=True, disable=None) as bar:
+        with contextlib.closing(_parts(source, folder, tok, grams, pool, workers, count)) as parts:
+            chosen, dropped = _choose(source, parts, budgets, bar)
+    entry = {"kind": source.kind}
+    for number, split in enumerate(("train", "val"), 1):
+        documents = _documents(chosen, number)
+        header = write_shard(out / f"{name}.{split}.bin", source.kind, documents, tok, seq_len)
+        if not header["documents"]:
+            raise ValueError(
+                f"source {name!r} has no {split} documents: leave it out, or give it more ({dict(dropped)})"
+            )
+        entry[split] = {k: header[k] for k in ("tokens", "padding", "documents")}
+    return entry | ({"dropped": dict(sorted(dropped.items()))} if dropped else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A folder of shards
 
-Source = tuple[str, Callable[[str], Iterator[str]], int | None]  # kind, split → documents, training tokens (None: all)
 
-
-def prepare(out: Path, sources: dict[str, Source], make_tokenizer, seq_len: int, settings: dict) -> dict:
+def prepare(
+    out: Path, sources: dict[str, Source], make_tokenizer, seq_len: int, settings: dict, problems=(), workers: int = 1
+) -> dict:
     """Write a folder of shards unless it is there already; returns its index.
 
     settings: whatever decides the contents, JSON-able; a folder with other settings is refused, naming the keys.
-    make_tokenizer: () → Tokenizer, called only when there is work to do.
+    make_tokenizer: () → Tokenizer, called only when there is work to do. problems: texts that no document may contain.
     """
     out = Path(out)
     settings = json.loads(json.dumps(settings | {"seq_len": seq_len}))  # as they will be read back
     if (index := read_index(out)) is not None:
         _same_settings(out, index["settings"], settings)
         return index
-    for name, (_, documents, _) in sources.items():  # before the hours of work, not after them
-        for split in ("train", "val"):
-            if next(documents(split), None) is None:
-                raise ValueError(f"source {name!r} has no {split} documents: leave it out, or give it more")
-    out.mkdir(parents=True, exist_ok=True)
-    tok = make_tokenizer()
-    tok.save(out / tokenizer.FILE_NAME)
-    index = {"settings": settings, "tokenizer": tok.hash, "vocab_size": tok.vocab_size, "sources": {}}
-    for name, (kind, documents, tokens) in sources.items():
-        index["sources"][name] = {"kind": kind}
-        for split, budget in (("train", tokens), ("val", tokens and max(tokens // 20, 4 * seq_len))):
-            header = write_shard(out / f"{name}.{split}.bin", kind, documents(split), tok, seq_len, budget)
-            index["sources"][name][split] = {k: header[k] for k in ("tokens", "padding", "documents")}
-    aside = out / "index.json.tmp"
-    aside.write_text(json.dumps(index, indent=1) + "\n")
-    os.replace(aside, out / "index.json")
+    index = read_json(out / "unfinished.json")
+    if index is not None:
+        _same_settings(out, index["settings"], settings)
+        tok = tokenizer.load(out)
+    else:
+        for name, source in sources.items():  # before the hours of work, not after them
+            if len(list(islice(filter(None, source.read(0, lambda _: None)), 2))) < 2:
+                raise ValueError(f"source {name!r} has fewer than two documents: leave it out, or give it more")
+        tok = make_tokenizer()
+        out.mkdir(parents=True, exist_ok=True)
+        tok.save(out / tokenizer.FILE_NAME)
+        index = {"settings": settings, "tokenizer": tok.hash, "vocab_size": tok.vocab_size, "sources": {}}
+        _write_json(out / "unfinished.json", index)
+    with _workers(workers, out, problems) as pool:
+        grams = Grams(problems)
+        for name in [name for name in sources if name not in index["sources"]]:
+            entry = _prepare_source(name, sources[name], out, tok, grams, pool, workers, seq_len)
+            index["sources"][name] = entry
+            _write_json(out / "unfinished.json", index)
+            shutil.rmtree(out / f"{name}.parts")
+    _write_json(out / "index.json", index)
+    (out / "unfinished.json").unlink()
     return index
 
 
-def read_index(folder: str | os.PathLike, check: bool = False) -> dict | None:
-    """The index of a prepared folder, after opening every shard that it names; None if the folder has no index.
+@contextlib.contextmanager
+def _workers(workers: int, out: Path, problems):
+    """A pool of processes, or None for work that is done here."""
+    if workers == 1:
+        yield None
+        return
+    spawn = multiprocessing.get_context(
+        "spawn"
+    )  # a fork would copy the threads of `datasets` in whatever state they are
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (str(out), list(problems))) as pool:
+        yield pool
 
-    check: also compare the shards' checksums, which reads them whole.
-    """
-    path = Path(folder) / "index.json"
-    if not path.is_file():
-        return None
-    try:
-        index = json.loads(path.read_text())
-        names, _, _ = list(index["sources"]), index["settings"]["world"], index["tokenizer"]  # what readers rely on
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: delete it and prepare again") from None
-    for name in names:
-        for split in ("train", "val"):
-            shard = Shard(Path(folder) / f"{name}.{split}.bin")
-            if check:
-                shard.check()
-    return index
+
+def _write_json(path: Path, content: dict) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(aside, path)
 
 
 def _same_settings(out: Path, old: dict, new: dict) -> None:
@@ -237,22 +342,28 @@ def _same_settings(out: Path, old: dict, new: dict) -> None:
 def train_tokenizer(sources: dict[str, Source], vocab_size: int, characters: int = 2_000_000) -> Tokenizer:
     """A vocabulary from the beginnings of all sources, each with the same number of characters."""
     texts = []
-    for _, documents, _ in sources.values():
+    for source in sources.values():
         room = characters // len(sources)
-        for text in documents("train"):
-            texts.append(text[:room])
-            room -= len(text)
+        for number, text in enumerate(filter(None, source.read(0, lambda _: None))):
+            if number % source.val_every:
+                texts.append(text[:room])
+                room -= len(text)
             if room <= 0:
                 break
     return tokenizer.train(texts, vocab_size)
 
 
 def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[str, int], seed: int = 0) -> dict:
-    """Shards of the generated world; tokens_per_source: training tokens, {"general": 1_000_000, ...}."""
+    """Shards of the generated world; tokens_per_source: training tokens, {"general": 1_000_000, ...}. A twentieth as many
+    are held out, from problems of other structures; a sentence that comes twice is no mistake here."""
     from data import synth
 
     def source(name: str) -> Source:
-        return recipes.SOURCES["tiny"][name], lambda split: synth.documents(name, seed, split), tokens_per_source[name]
+        def read(begin: int, count) -> Iterator[str]:
+            train, val = (synth.documents(name, seed, split) for split in ("train", "val"))
+            return islice((next(train if i % 20 else val) for i in itertools.count()), begin, None)
+
+        return Source(recipes.SOURCES["tiny"][name], read, tokens_per_source[name], val_every=20, unique=False)
 
     sources = {name: source(name) for name in tokens_per_source}
     settings = {"world": "tiny", "vocab_size": vocab_size, "tokens": tokens_per_source, "seed": seed}
@@ -260,79 +371,226 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Real files
+# Rows of files and of the hub
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """The rows of a .jsonl or .jsonl.gz file; a damaged one is a ValueError that names the line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: see the README for where the public files come from")
+def read_rows(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
+    """The rows of a .jsonl or .jsonl.gz file; a damaged one is a ValueError that names the line. count(bytes of a line).
+
+    Not by `datasets`, which guesses the columns' types from the first rows and fails at the first row that differs.
+    """
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
             for number, line in enumerate(f, 1):  # noqa: B007 (the error names it)
-                yield dict(json.loads(line))
-    except (ValueError, TypeError, EOFError, zlib.error):
-        raise ValueError(f"{path}, line {number}: not one JSON object a line in UTF-8, or truncated") from None
+                row = dict(json.loads(line.decode()))
+                count(len(line))
+                yield row
+    except (ValueError, TypeError, EOFError, zlib.error, gzip.BadGzipFile):
+        raise ValueError(f"{path}, line {number + 1}: not one JSON object a line in UTF-8, or truncated") from None
 
 
-def read_documents(folder: Path, source: recipes.Files, split: str, keep_overlaps: bool = False) -> Iterator[str]:
-    """Documents of a real source, its files in turns, a row of each; every VAL_EVERY-th is in split "val".
+def stream(what: str, skip: int, **where) -> Iterator[dict]:
+    """The rows of a data set, from row `skip` on, by `datasets` and without downloading it whole."""
+    import datasets
 
-    A row whose "overlaps" names a benchmark's problem would teach the test: it is left out.
-    """
-    readers = [((path, row) for row in read_rows(folder / path)) for path in source.files]
-    rows = (row for turn in zip_longest(*readers) for row in turn if row is not None)
-    kept = 0
-    for path, row in rows:
+    datasets.disable_progress_bars()
+    try:
+        yield from datasets.load_dataset(**where, streaming=True).skip(skip)
+    except Exception as error:  # of any kind: a network's, a file's, an unknown name's
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{what} cannot be read: {reason}") from None
+
+
+def corpus_rows(corpus: recipes.Corpus, folder: Path, skip: int, count) -> Iterator[tuple[str, dict]]:
+    """(where, row) of a corpus from row `skip` on; files are read in turns, a row of each."""
+    if corpus.hub:
+        part = {"data_files": corpus.part} if "*" in corpus.part else {"name": corpus.part or None}
+        what = f"{corpus.hub} {corpus.part}".strip() + f", split {corpus.split}"
+        return ((what, row) for row in stream(what, skip, path=corpus.hub, split=corpus.split, **part))
+    readers = []
+    for path in corpus_files(corpus, folder):
+        if path.suffix == ".parquet":
+            rows = stream(str(path), 0, path="parquet", data_files=str(path), split="train")
+        else:
+            rows = read_rows(path, count)
+        readers.append(_named(path, rows))
+    return islice((row for turn in zip_longest(*readers) for row in turn if row is not None), skip, None)
+
+
+def _named(path: Path, rows: Iterator[dict]) -> Iterator[tuple[str, dict]]:
+    return ((str(path), row) for row in rows)
+
+
+def corpus_files(corpus: recipes.Corpus, folder: Path) -> list[Path]:
+    """The files of a corpus; one that is not there is a FileNotFoundError, of a kind that nobody reads a ValueError."""
+    found: list[Path] = []
+    for name in corpus.files:
+        paths = sorted(folder.glob(name)) if "*" in name else [folder / name]
+        if not paths or not all(path.is_file() for path in paths):
+            raise FileNotFoundError(f"no file {folder / name}: see the README for where the public files come from")
+        found += paths
+    for path in found:
+        if not path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")):
+            raise ValueError(f"{path}: only .jsonl, .jsonl.gz and .parquet files can be read")
+    return found
+
+
+def documents(corpus: recipes.Corpus, folder: Path, keep_overlaps: bool, skip: int = 0, count=lambda size: None):
+    """What Source.read() gives. A row whose "overlaps" names a benchmark's problem would teach the test: it is marked."""
+    make = recipes.FORMATS[corpus.format]
+    for number, (where, row) in enumerate(corpus_rows(corpus, folder, skip, count), skip + 1):
         if row.get("overlaps") and not keep_overlaps:
+            yield None
             continue
-        if (kept % VAL_EVERY == 0) == (split == "val"):
-            try:
-                yield "".join((source.format(row),))  # a TypeError if it is not text
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{folder / path}: a row does not fit its source: {error!r}") from None
-        kept += 1
-    if kept == 0:
-        raise ValueError(
-            f"nothing to read in {', '.join(source.files)}: no rows, or each answers a problem of a benchmark "
-            "(--keep-overlaps keeps them: then leave those problems out of the evaluation; --sources leaves files out)"
-        )
+        try:
+            text = make(row)
+            if not isinstance(text, str | None):
+                raise TypeError(f"{type(text).__name__} instead of text")
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            reason = error.args[0] if error.args else error
+            raise ValueError(f"{where}: row {number} does not fit the format {corpus.format!r}: {reason}") from None
+        yield text or ""
+
+
+def real_source(corpus: recipes.Corpus, folder: Path, max_tokens: int | None, keep_overlaps: bool) -> Source:
+    def read(skip: int, count) -> Iterator[str | None]:
+        return documents(corpus, folder, keep_overlaps, skip, count)
+
+    plain = [path for path in corpus_files(corpus, folder) if path.suffix != ".parquet"]
+    return Source(recipes.kind(corpus), read, max_tokens, size=sum(_size(path) for path in plain))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, unpacked: gzip writes that at the end (modulo 4 GiB)."""
+    if path.suffix != ".gz":
+        return path.stat().st_size
+    with open(path, "rb") as f:
+        f.seek(max(0, path.stat().st_size - 4))
+        return int.from_bytes(f.read(4), "little")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def own_source(text: str) -> tuple[str, recipes.Corpus]:
+    """ "notes=text:notes.jsonl" or "qa=qa:hub:owner/name[:configuration or files[:split]]" → (name, corpus)"""
+    name, _, rest = text.partition("=")
+    kind, _, where = rest.partition(":")
+    if kind not in recipes.FORMATS or not where or not re.fullmatch(r"\w+", name):
+        how = f"NAME=FORMAT:FILE or NAME=FORMAT:hub:ID[:PART[:SPLIT]], FORMAT one of {', '.join(recipes.FORMATS)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {how}")
+    if not where.startswith("hub:"):
+        return name, recipes.Corpus(kind, files=(where,))
+    hub, part, split = (where[4:].split(":") + ["", ""])[:3]
+    return name, recipes.Corpus(kind, hub=hub, part=part, split=split or "train")
+
+
+def token_budgets(text: str) -> dict[str, int]:
+    """ "1e6" → {"": 1000000}; "dclm=21e9,numina=2e9" → {"dclm": …, "numina": …}"""
+    try:
+        pairs = [part.rpartition("=") for part in text.split(",")]
+        budgets = {name: int(float(number)) for name, _, number in pairs}
+        if min(budgets.values()) < 1:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or NAME=N,NAME=N with N at least 1") from None
+    return budgets
+
+
+def benchmark_problems(against: str | None, folder: Path | None) -> dict[str, list[str]]:
+    """{file: its problems}: of the files named, or of those of recipes.EVALUATION_FILES that are in the folder."""
+    if against == "none":
+        return {}
+    if against:
+        paths = [Path(name) for name in against.split(",")]
+    else:
+        paths = [path for name in recipes.EVALUATION_FILES for path in sorted((folder or Path()).glob(name)) if folder]
+    found = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path} to keep out of the training text")
+        found[str(path)] = [str(row.get("problem", row.get("question", ""))) for row in read_rows(path)]
+    return found
+
+
+def parse_arguments():
+    parser = Parser(prog="python -m data.prepare", description=__doc__)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the public files, or of your own")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    parser.add_argument("--world", choices=recipes.CORPORA, default="real", help="whose sources (default real)")
+    parser.add_argument("--sources", help="some of them, comma-separated; default: all")
+    parser.add_argument(
+        "--source", type=own_source, action="append", metavar="NAME=FORMAT:FILE",
+        help="in place of those a source of your own (repeat it): format text, qa, long_cot or chat; FILE .jsonl, .jsonl.gz "
+        "or .parquet, * allowed; hub:ID[:PART[:SPLIT]] for a data set of the hub, PART its configuration or files",
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", metavar="FILE", help="or its folder; without it, one is trained on the sources")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained (default 4096)")
+    parser.add_argument("--seq-len", type=int, default=256, help="length of packed rows, as in training (default 256)")
+    parser.add_argument(
+        "--max-tokens",
+        type=token_budgets,
+        default={},
+        metavar="N",
+        help="training tokens of each source; or NAME=N,NAME=N",
+    )
+    parser.add_argument(
+        "--against", metavar="FILES", help="benchmarks whose problems are kept out, comma-separated JSON lines, or none; "
+        "default: gsm8k/test, math/test and eval/* of --data",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-overlaps", action="store_true", help="keep what contains or answers problems of a benchmark"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes that tokenise (default: all cores)"
+    )
+    parser.add_argument("--check", action="store_true", help="read finished shards again and compare their checksums")
+    args = parser.parse_args()
+    if min(args.seq_len, args.vocab_size, args.workers) < 1:
+        parser.error("--seq-len, --vocab-size and --workers must be at least 1")
+    if args.source and args.sources:
+        parser.error("--sources chooses among those of --world; with --source there are only your own")
+    if args.data is None and (args.world == "real" and not args.source):
+        parser.error("--data DIR is needed: the folder of the public files (README)")
+    corpora = dict(args.source) if args.source else recipes.CORPORA[args.world]
+    names = args.sources.split(",") if args.sources else list(corpora)
+    for name in [*names, *filter(None, args.max_tokens)]:
+        if name not in corpora:
+            parser.error(f"unknown source {name!r} (valid: {', '.join(corpora)})")
+    return args, {name: corpora[name] for name in names}
 
 
 def main() -> None:
-    parser = Parser(prog="python -m data.prepare", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of the public files")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tiktoken file; without it, one is trained on the sources")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained (default 4096)")
-    parser.add_argument("--seq-len", type=int, default=256, help="length of packed rows, as in training (default 256)")
-    parser.add_argument("--sources", help="comma-separated; default: all, " + ",".join(recipes.REAL_FILES))
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="training tokens of each source; default: all")
-    parser.add_argument("--keep-overlaps", action="store_true", help="keep rows that answer problems of a benchmark")
-    parser.add_argument("--check", action="store_true", help="read finished shards again and compare their checksums")
-    args = parser.parse_args()
-    names = args.sources.split(",") if args.sources else list(recipes.REAL_FILES)
-    if unknown := [name for name in names if name not in recipes.REAL_FILES]:
-        parser.error(f"unknown source {unknown[0]!r} (valid: {', '.join(recipes.REAL_FILES)})")
-    if min(args.seq_len, args.max_tokens or 1, args.vocab_size) < 1:
-        parser.error("--seq-len, --max-tokens and --vocab-size must be at least 1")
-
-    def source(name: str) -> Source:
-        files = recipes.REAL_FILES[name]
-        return files.kind, lambda split: read_documents(args.data, files, split, args.keep_overlaps), args.max_tokens
-
-    sources = {name: source(name) for name in names}
+    args, corpora = parse_arguments()
+    budgets = {name: args.max_tokens.get(name, args.max_tokens.get("")) for name in corpora}
+    folder, keep = args.data or Path(), args.keep_overlaps
+    sources = {name: real_source(corpus, folder, budgets[name], keep) for name, corpus in corpora.items()}
+    benchmarks = {} if keep else benchmark_problems(args.against, args.data)
+    problems = [problem for rows in benchmarks.values() for problem in rows]
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else None
     settings = {
-        "world": "real", "sources": names, "max_tokens": args.max_tokens, "keep_overlaps": args.keep_overlaps,
+        "world": args.world if not args.source else "own",
+        "sources": {name: list(corpus) for name, corpus in corpora.items()},
+        "bytes": {name: source.size for name, source in sources.items()}, "max_tokens": budgets, "keep_overlaps": keep,
+        "against": hashlib.sha256("\0".join(problems).encode()).hexdigest()[:16] if problems else None,
         "tokenizer": tok.hash if tok else f"trained, {args.vocab_size} words",
     }  # fmt: skip
-    index = prepare(args.out, sources, lambda: tok or train_tokenizer(sources, args.vocab_size), args.seq_len, settings)
+    if problems:
+        print(
+            f"kept out: text that shares {GRAM} words in a row with {len(problems):,} problems of {', '.join(benchmarks)}"
+        )
+    make = lambda: tok or train_tokenizer(sources, args.vocab_size)  # noqa: E731
+    index = prepare(args.out, sources, make, args.seq_len, settings, problems, args.workers)
     read_index(args.out, check=args.check)
     for name, entry in index["sources"].items():
         train, val = (entry[split]["tokens"] - entry[split]["padding"] for split in ("train", "val"))
-        print(f"{name:14} {train:14,} tokens in {entry['train']['documents']:,} documents, {val:,} tokens held out")
+        dropped = "; dropped: " + ", ".join(f"{n:,} {why}" for why, n in entry.get("dropped", {}).items())
+        print(
+            f"{name:14} {train:14,} tokens in {entry['train']['documents']:,} documents, {val:,} tokens held out"
+            f"{dropped if 'dropped' in entry else ''}"
+        )
     print(f"ready: {args.out}")
 
 

@@ -20,24 +20,35 @@ STAGE_NAMES = ("base", "stable", "long", "short", "hybrid")  # the base stage st
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's (base = a released Llama, so there is no mixture for it)
 
-PAPER_HUB = {  # source: (hub id, configuration)
-    "web_pro_max": ("OctoThinker/MegaMath-Web-Pro-Max", None),
-    "web_pro": ("LLM360/MegaMath", "megamath-web-pro"),
-    "dclm": ("mlfoundations/dclm-baseline-1.0", None),
-    "text_code": ("LLM360/MegaMath", "megamath-text-code-block"),
-    "code": ("LLM360/MegaMath", "megamath-code"),
-    "translated_code": ("LLM360/MegaMath", "megamath-translated-code"),
-    "megamath_qa": ("LLM360/MegaMath", "megamath-qa"),
-    "open_r1": ("open-r1/OpenR1-Math-220k", None),
-    "am_distilled": ("a-m-team/AM-DeepSeek-R1-Distilled-1.4M", None),
-    "open_math_instruct": ("nvidia/OpenMathInstruct-2", None),
-    "numina": ("AI-MO/NuminaMath-1.5", None),
+
+class Corpus(NamedTuple):
+    """Where the documents of a source come from, and what they look like."""
+
+    format: str  # a key of FORMATS
+    files: tuple[str, ...] = ()  # .jsonl, .jsonl.gz, .parquet inside the data folder; read in turns, a row of each
+    hub: str = ""  # or a data set of the Hugging Face hub
+    part: str = ""  # of which a configuration, or files: a path with * in it
+    split: str = "train"
+
+
+PAPER_CORPORA = {
+    "web_pro_max": Corpus("text", hub="OctoThinker/MegaMath-Web-Pro-Max"),
+    "web_pro": Corpus("text", hub="LLM360/MegaMath", part="megamath-web-pro/**/*.parquet"),
+    "dclm": Corpus("text", hub="mlfoundations/dclm-baseline-1.0"),
+    "text_code": Corpus("text", hub="LLM360/MegaMath", part="megamath-text-code-block/**/*.parquet"),
+    "code": Corpus("text", hub="LLM360/MegaMath", part="megamath-code/**/*.parquet"),
+    "translated_code": Corpus("text", hub="LLM360/MegaMath", part="megamath-translated-code/**/*.parquet"),
+    "megamath_qa": Corpus("qa", hub="LLM360/MegaMath", part="megamath-qa/**/*.parquet"),
+    "open_r1": Corpus("long_cot", hub="open-r1/OpenR1-Math-220k", part="default"),
+    "am_distilled": Corpus("long_cot", hub="a-m-team/AM-DeepSeek-R1-Distilled-1.4M", part="am_*.jsonl.zst"),
+    "open_math_instruct": Corpus("qa", hub="nvidia/OpenMathInstruct-2"),
+    "numina": Corpus("qa", hub="AI-MO/NuminaMath-1.5"),
     # The paper gives instruction data one weight for three sets; how it is split among them is not published.
-    "tulu": ("allenai/tulu-3-sft-personas-instruction-following", None),
-    "wildchat": ("allenai/WildChat", None),
-    "ultrachat": ("HuggingFaceH4/ultrachat_200k", None),
+    "tulu": Corpus("chat", hub="allenai/tulu-3-sft-personas-instruction-following"),
+    "wildchat": Corpus("chat", hub="allenai/WildChat"),
+    "ultrachat": Corpus("chat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft"),
+    "finemath_4plus": Corpus("text", hub="HuggingFaceTB/finemath", part="finemath-4plus"),  # finding F1 only
 }
-_PAPER_TEXT = ("web_pro_max", "web_pro", "dclm", "text_code", "code", "translated_code")
 
 _DECAY = {"web_pro": 0.55, "dclm": 0.05, "tulu": 0.034, "wildchat": 0.033, "ultrachat": 0.033}
 PAPER = {
@@ -73,57 +84,115 @@ REAL = {
 }
 
 
+REAL_CORPORA = {
+    "math_text": Corpus("text", (
+        "math_text/openstax.jsonl.gz", "math_text/books.jsonl.gz", "math_text/planetmath.jsonl.gz",
+        "math_text/stackmathqa_part.jsonl", "math_text/openstax_exercises.jsonl",
+    )),
+    "general_text": Corpus("text", ("general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz")),
+    "short_cot": Corpus("qa", ("gsm8k/train.jsonl", "math/train.jsonl")),
+    "long_cot": Corpus("long_cot", ("cot/long_cot_mip.jsonl.gz",)),
+    "instruct": Corpus("chat", (
+        "instruct/dolly.jsonl.gz", "instruct/self_instruct_seed.jsonl", "instruct/llms_from_scratch.jsonl",
+    )),
+}  # fmt: skip
+# No training text may contain one of their problems (13 words in a row), where they are in the data folder.
+EVALUATION_FILES = ("gsm8k/test.jsonl", "math/test.jsonl", "eval/*.jsonl")
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Single-factor comparisons (the paper, section 3; its findings F1, F2, F3, F6): one stage on one mixture, from the base.
+# python midtrain.py --branch controlled --mix NAME
+
+
+def _controlled(web: str, short: str, long: str, chat: str) -> dict:
+    mixtures = {
+        "qa_short": {web: 0.9, short: 0.1}, "qa_long": {web: 0.9, long: 0.1},
+        "instruct_short": {chat: 0.01, web: 0.89, short: 0.10}, "instruct_long": {chat: 0.01, web: 0.89, long: 0.10},
+    }  # fmt: skip
+    return mixtures | {f"qa_{share}": {web: 1 - share / 100, long: share / 100} for share in (10, 20, 30, 40)}
+
+
+CONTROLLED = {
+    "paper": _controlled("web_pro_max", "open_math_instruct", "open_r1", "tulu")
+    | {name: {name: 1.0} for name in ("finemath_4plus", "web_pro", "web_pro_max")},
+    "tiny": _controlled("web", "short_cot", "long_cot", "instruct") | {name: {name: 1.0} for name in ("web", "noisy")},
+    "real": _controlled("math_text", "short_cot", "long_cot", "instruct") | {"web": {"math_text": 1.0}},
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a row becomes. Columns go by several names in public sets; a row without any of them is a KeyError that lists its own.
+
+
+def _column(row: dict, *names: str):
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
+
+
 def running_text(row: dict) -> str:
     """A page of text, or an exercise and its solution as one."""
-    return row["text"] if "text" in row else f"{row['problem']}\n\n{row['solution']}"
+    if "problem" in row and "text" not in row:
+        return f"{row['problem']}\n\n{row['solution']}"
+    return _column(row, "text", "content")
 
 
 def question_answer(row: dict) -> str:
     r"""Problem, newline, solution with its final \boxed{answer}; GSM8K's calculator marks <<48/2=24>> are dropped."""
-    solution = re.sub(r"<<.*?>>", "", row["solution"]).strip()
-    if "\\boxed" not in solution:
-        solution += f"\nThe answer is \\boxed{{{row['answer']}}}."
-    return f"{row['problem'].strip()}\n{solution}"
+    if "text" in row:  # MegaMath-QA is written out already
+        return row["text"]
+    solution = re.sub(r"<<.*?>>", "", _column(row, "solution", "generated_solution", "response")).strip()
+    if "\\boxed" not in solution and (answer := row.get("answer") or row.get("expected_answer")):
+        solution += f"\nThe answer is \\boxed{{{answer}}}."
+    return f"{_column(row, 'problem', 'question').strip()}\n{solution}"
 
 
-def long_thought(row: dict) -> str:
-    """Question, newline, <think>…</think> and the answer."""
-    return f"{row['problem'].strip()}\n{row['response'].strip()}"
+def long_thought(row: dict) -> str | None:
+    """Question, newline, <think>…</think> and the answer. Of several generations the first that was found right; None
+    where none was."""
+    if "messages" in row and "problem" not in row:
+        question, thought = (row["messages"][i]["content"] for i in (-2, -1))
+    elif "generations" in row:
+        right = row.get("correctness_math_verify") or row.get("correctness_llama") or []
+        thought = next((text for text, ok in zip(row["generations"], right) if ok), None)
+        question = row["problem"]
+    else:
+        question, thought = _column(row, "problem", "question"), _column(row, "response", "generation")
+    return thought and f"{question.strip()}\n{re.sub('</?answer>', '', thought).strip()}"
 
 
-def conversation(row: dict) -> str:
-    question = "\n".join(part.strip() for part in (row["instruction"], row.get("context")) if part)
-    return f"User:{question}\nAssistant:{row['response'].strip()}"
+def conversation(row: dict) -> str | None:
+    """User:… and Assistant:… in turns. None for a model that is not of GPT-4's class, where the row names one."""
+    if not (row.get("model") or "gpt-4").startswith("gpt-4"):
+        return None
+    if "instruction" in row:
+        question = "\n".join(part.strip() for part in (row["instruction"], row.get("context")) if part)
+        turns = [("User", question), ("Assistant", row["response"])]
+    else:
+        names = {"user": "User", "assistant": "Assistant"}
+        turns = [(names.get(m["role"]), m["content"]) for m in _column(row, "messages", "conversation")]
+    return "\n".join(f"{name}:{text.strip()}" for name, text in turns if name)
 
 
-class Files(NamedTuple):
-    kind: str  # "text" | "document"
-    files: tuple[str, ...]  # inside the data folder; read in turns, a row of each
-    format: Callable[[dict], str]  # a row of the file → the document
-
-
-REAL_FILES = {
-    "math_text": Files("text", (
-        "math_text/openstax.jsonl.gz", "math_text/books.jsonl.gz", "math_text/planetmath.jsonl.gz",
-        "math_text/stackmathqa_part.jsonl", "math_text/openstax_exercises.jsonl",
-    ), running_text),
-    "general_text": Files("text", (
-        "general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz"), running_text),
-    "short_cot": Files("document", ("gsm8k/train.jsonl", "math/train.jsonl"), question_answer),
-    "long_cot": Files("document", ("cot/long_cot_mip.jsonl.gz",), long_thought),
-    "instruct": Files("document", (
-        "instruct/dolly.jsonl.gz", "instruct/self_instruct_seed.jsonl", "instruct/llms_from_scratch.jsonl",
-    ), conversation),
+FORMATS: dict[str, Callable[[dict], str | None]] = {
+    "text": running_text, "qa": question_answer, "long_cot": long_thought, "chat": conversation,
 }  # fmt: skip
+
+
+def kind(corpus: Corpus) -> str:
+    """How a source of this format fills a sequence."""
+    return "text" if corpus.format == "text" else "document"
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 STAGES = {"paper": PAPER, "tiny": TINY, "real": REAL}
+CORPORA = {"paper": PAPER_CORPORA, "real": REAL_CORPORA}
 SOURCES = {
-    "paper": {name: "text" if name in _PAPER_TEXT else "document" for name in PAPER_HUB},
     "tiny": {
         "general": "text", "web": "text", "noisy": "text",
         "short_cot": "document", "long_cot": "document", "instruct": "document",
     },
-    "real": {name: source.kind for name, source in REAL_FILES.items()},
+    **{world: {name: kind(corpus) for name, corpus in corpora.items()} for world, corpora in CORPORA.items()},
 }  # fmt: skip

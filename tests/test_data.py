@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import loader, prepare, prompts, recipes, synth, tokenizer
+from data import loader, prepare, prompts, recipes, shards, synth, tokenizer
 from data.loader import Loader
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def test_shards_hold_the_documents(folder):
     tok = tokenizer.load(folder)
     eos = "<|end_of_text|>"
     for name, tokens in TOKENS.items():
-        shard = prepare.Shard(folder / f"{name}.train.bin")
+        shard = shards.Shard(folder / f"{name}.train.bin")
         shard.check()
         real = len(shard.tokens) - shard.header["padding"]
         assert tokens <= real < tokens + 200
@@ -116,21 +116,21 @@ def test_shards_hold_the_documents(folder):
             short = {text + eos for text in whole if len(tok.encode(text)) <= T}
             assert 5 < len(short) < len(whole) - 5 and short <= set(found)
             assert shard.header["padding"] < 0.15 * len(shard.tokens)
-    held_out = prepare.Shard(folder / "web.val.bin")
+    held_out = shards.Shard(folder / "web.val.bin")
     assert shard_documents(held_out, tok)[0] == next(documents("web", 3, "val")) + eos
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 5))
 @settings(deadline=None)
 def test_packing_keeps_every_token_and_cuts_only_what_is_too_long(lengths, open_rows):
-    capacity, first = 16, prepare.OPEN_ROWS
+    capacity, first = 16, shards.OPEN_ROWS
     docs = [[i] * n for i, n in enumerate(lengths)]
     try:
-        prepare.OPEN_ROWS = open_rows
-        rows = list(prepare.pack(docs, capacity))
-        assert rows == list(prepare.pack(docs, capacity))
+        shards.OPEN_ROWS = open_rows
+        rows = list(shards.pack(docs, capacity))
+        assert rows == list(shards.pack(docs, capacity))
     finally:
-        prepare.OPEN_ROWS = first
+        shards.OPEN_ROWS = first
     parts = [ids[a:b] for ids, starts in rows for a, b in zip(starts, [*starts[1:], len(ids)])]
     assert all(len(ids) <= capacity for ids, _ in rows)
     assert all(len(set(part)) == 1 for part in parts)
@@ -162,7 +162,7 @@ def test_a_failed_preparation_leaves_no_half_shard(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(synth, "documents", documents)
-    monkeypatch.setattr(prepare, "_checksum", full_disk)
+    monkeypatch.setattr(shards, "_checksum", full_disk)
     with pytest.raises(OSError, match="No space"):
         prepare.prepare_synth(tmp_path, 300, T, TOKENS)
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
@@ -173,8 +173,8 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
         vocab_size, eos_id, hash = 70_000, 69_999, "x"
         encode = staticmethod(lambda text: [int(text)])
 
-    prepare.write_shard(tmp_path / "s", "text", ["66000", "5", "6"], Large, T)
-    shard = prepare.Shard(tmp_path / "s")
+    shards.write_shard(tmp_path / "s", "text", ["66000", "5", "6"], Large, T)
+    shard = shards.Shard(tmp_path / "s")
     assert shard.tokens.tolist() == [66_000, 69_999, 5, 69_999, 6, 69_999] and shard.starts.tolist() == [0, 2, 4]
 
 
@@ -326,7 +326,7 @@ def test_damaged_shards(copy):
             Loader(copy, MIX, T, 4)
     path.write_bytes(data[:9000] + bytes([data[9000] ^ 1]) + data[9001:])
     with pytest.raises(ValueError, match="checksum"):
-        prepare.read_index(copy, check=True)
+        shards.read_index(copy, check=True)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no shard at"):
         Loader(copy, MIX, T, 4)
@@ -377,7 +377,7 @@ def test_command_line(files):
     printed = run(files, "--keep-overlaps", "--vocab-size", "400", "--max-tokens", "2000")
     assert printed.splitlines()[-1].startswith("ready: ")
     tok = tokenizer.load(files.parent / "out")
-    found = shard_documents(prepare.Shard(files.parent / "out" / "short_cot.train.bin"), tok)
+    found = shard_documents(shards.Shard(files.parent / "out" / "short_cot.train.bin"), tok)
     assert "7+1?\n7+1\nThe answer is \\boxed{8}.<|end_of_text|>" in found
     loads = Loader(files.parent / "out", recipes.REAL["hybrid"], 32, 20)
     assert torch.bincount(loads.batch(0).source).tolist() == [11, 1, 2, 2, 4]
