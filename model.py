@@ -188,17 +188,18 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rope_tables(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, T, 1, head_dim / 2) in fp32: in bf16, positions past 256 would already collide."""
+    """(cos, cos) and (-sin, sin) of the angles, each (B, T, 1, head_dim) in fp32: in bf16, positions past 256 would collide."""
     angles = positions[:, :, None, None].float() * inv_freq  # (B, T, 1, D/2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (x[i], x[i + D/2]) of x (B, T, H, D) by their angles: the half-split layout of Hugging Face."""
     if x.device.type == "cpu":
-        return _Rope.apply(x, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return _Rope.apply(x, cos, sin)
+    x32 = x.float()
+    return (x32 * cos + x32.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
