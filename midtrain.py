@@ -2,6 +2,7 @@
 
     base  ─→  stable  ─→  short | long | hybrid
     (ours)    constant    cosine down to 10 %, one branch a mixture
+          ─→  controlled    cosine too, on the mixture that --mix names: what does one factor do?
 
     python midtrain.py --branch long                             # tiny, on any machine; the stages below it come first
     torchrun --nproc_per_node=8 midtrain.py --branch long        # the same on 8 GPUs (or processes, on a CPU)
@@ -28,6 +29,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -55,12 +57,24 @@ except ImportError:  # Windows: there nobody keeps two runs out of one folder
 from data import Parser, prepare, recipes, run_cli, shards, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
-from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, read_json, with_vocab
+from model import (
+    LOGITS_BUDGET,
+    PRESETS,
+    QUERIES,
+    Llama,
+    LlamaConfig,
+    config_from_hf,
+    load_pretrained,
+    read_json,
+    with_vocab,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The recipe
 
-STANDS_ON = {"base": None, "stable": "base", "short": "stable", "long": "stable", "hybrid": "stable"}
+STANDS_ON = {
+    "base": None, "stable": "base", "short": "stable", "long": "stable", "hybrid": "stable", "controlled": "base",
+}  # fmt: skip
 WEIGHT_DECAY = 0.1  # the paper's
 BETAS, EPS, GRAD_CLIP = (0.9, 0.95), 1e-8, 1.0  # not published; what Llama-like pre-training uses
 EVAL_BATCHES = 2  # of each source, at every evaluation
@@ -69,14 +83,15 @@ FINAL_LR = 0.1  # the decay ends at this share of the stable learning rate (pape
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def _stages(base, stable, decay) -> dict:
-    return {"base": base, "stable": stable, "short": decay, "long": decay, "hybrid": decay}
+def _stages(base, stable, decay, controlled) -> dict:
+    return {"base": base, "stable": stable, "short": decay, "long": decay, "hybrid": decay, "controlled": controlled}
 
 
-def _paper(lr: float, micro_batch: int) -> dict:
-    """The paper, section 4: 512 x 8,192 tokens a step, 50,000 stable steps (210B), 5,000 a branch (21B), no warm-up."""
+def _paper(lr: float, micro_batch: int, controlled_lr: float) -> dict:
+    """The paper, section 4: 512 x 8,192 tokens a step, 50,000 stable steps (210B), 5,000 a branch (21B), no warm-up. Its
+    controlled runs (section 3): 20B tokens, only of the 3B model; the other two learning rates are ours."""
     return {
-        "steps": _stages(None, 50_000, 5_000), "lr": _stages(None, lr, lr), "warmup": 0,
+        "steps": _stages(None, 50_000, 5_000, 5_000), "lr": _stages(None, lr, lr, controlled_lr), "warmup": 0,
         "batch": 512, "micro_batch": micro_batch, "seq_len": 8192,
         "save_every": 500, "eval_every": 1000, "log_every": 1,
     }  # fmt: skip
@@ -85,7 +100,7 @@ def _paper(lr: float, micro_batch: int) -> dict:
 # batch and micro_batch in sequences; lr is the stage's highest; warmup in steps, of the base stage only.
 RUNS = {
     "tiny": {  # ours: minutes on two CPU cores
-        "steps": _stages(400, 2400, 1000), "lr": _stages(2e-3, 2e-3, 2e-3), "warmup": 50,
+        "steps": _stages(400, 2400, 1000, 1000), "lr": _stages(2e-3, 2e-3, 2e-3, 2e-3), "warmup": 50,
         "batch": 8, "micro_batch": 8, "seq_len": 256, "save_every": 200, "eval_every": 200, "log_every": 50,
         "vocab": 1024,
         "tokens": {  # to generate, per source
@@ -93,13 +108,15 @@ RUNS = {
         },
     },
     "small": {  # ours: about 30M parameters, for real text
-        "steps": _stages(2000, 2000, 500), "lr": _stages(1e-3, 1e-3, 1e-3), "warmup": 100,
+        "steps": _stages(2000, 2000, 500, 500), "lr": _stages(1e-3, 1e-3, 1e-3, 1e-3), "warmup": 100,
         "batch": 64, "micro_batch": 4, "seq_len": 1024, "save_every": 100, "eval_every": 500, "log_every": 10,
     },
-    "1b": _paper(5e-5, 4),
-    "3b": _paper(2e-5, 2),
-    "8b": _paper(1e-5, 1),
+    "1b": _paper(5e-5, 4, 5e-5),
+    "3b": _paper(2e-5, 2, 3e-5),
+    "8b": _paper(1e-5, 1, 1e-5),
 }  # fmt: skip
+
+EXTRA_TOKENS = {"noisy": 4_000_000}  # of the tiny world, generated only for a mixture that has it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
@@ -295,7 +312,7 @@ def make_optimizer(model: Llama, lr: float, weight_decay: float = WEIGHT_DECAY, 
 
 
 def learning_rate(stage: str, step: int, steps: int, peak: float, warmup: int = 0) -> float:
-    """Of the step that follows `step` finished ones: base warms up, stable is constant, branches are a cosine.
+    """Of the step that follows `step` finished ones: base warms up, stable is constant, the others are a cosine.
 
     The cosine's first step is at the peak, its last one at exactly FINAL_LR of it.
     """
@@ -579,17 +596,27 @@ class Settings:
 def open_data(args) -> str:
     """The folder of prepared shards; the tiny preset's are generated now if they are not there."""
     run, folder = RUNS[args.preset], args.data or os.path.join(args.out, "data")
-    found = shards.read_index(folder) is not None
-    if args.data and not found:
+    index = shards.read_index(folder)
+    if args.data and not index:
         how = f"python -m data.prepare --data {folder} --out {args.out}/data --seq-len {args.seq_len}"
         raise ValueError(f"--data {folder} has no index.json. To make shards of public files: {how}")
     if not args.data and "tokens" not in run:
         raise ValueError(f"--preset {args.preset} needs --data DIR, a folder made by python -m data.prepare")
     if not args.data:
-        if not found:
+        if not index:
             say(f"[data] generating text and training a tokenizer on it: {folder}")
-        prepare.prepare_synth(folder, run["vocab"], args.seq_len, run["tokens"], args.seed)
+        extra = {*(index or {"sources": ()})["sources"], *resolve_mixture(args.mix, "tiny")} & EXTRA_TOKENS.keys()
+        tokens = run["tokens"] | {name: EXTRA_TOKENS[name] for name in sorted(extra)}
+        prepare.prepare_synth(folder, run["vocab"], args.seq_len, tokens, args.seed)
     return folder
+
+
+def resolve_mixture(mix: dict | str | None, world: str) -> dict[str, float]:
+    """What --mix says: weights, or the name of one of the recipes' controlled mixtures; {} if it says nothing."""
+    named = recipes.CONTROLLED.get(world, {})
+    if isinstance(mix, str) and mix not in named:
+        raise ValueError(f"no mixture {mix!r} for this data (valid: {', '.join(named) or 'none'}; or source=share,…)")
+    return named[mix] if isinstance(mix, str) else mix or {}
 
 
 def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
@@ -597,11 +624,13 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
     if world.size % args.replicate:
         raise ValueError(f"--replicate {args.replicate} does not divide {world.size} ranks")
     run, parent, tok, named = RUNS[args.preset], STANDS_ON[stage], tokenizer.load(data_dir), stage == args.branch
-    mixtures = recipes.STAGES[read_json(os.path.join(data_dir, "index.json"))["settings"]["world"]]
+    data_world = read_json(os.path.join(data_dir, "index.json"))["settings"]["world"]
+    mixtures = recipes.STAGES.get(data_world, {})
     if named and args.mix:
-        mixtures = mixtures | {stage: args.mix}
+        mixtures = mixtures | {stage: resolve_mixture(args.mix, data_world)}
     if stage not in mixtures:
-        raise ValueError(f"the data in {data_dir} has no mixture for stage {stage} (valid: {', '.join(mixtures)})")
+        have = f"for {', '.join(mixtures)}" if mixtures else "at all"
+        raise ValueError(f"stage {stage} needs --mix, source=share,…: the data in {data_dir} has mixtures {have}")
     config = model_shape(args, parent, tok.vocab_size)
     if config.vocab_size < tok.vocab_size:  # more is padding, as Qwen's matrices have it
         raise ValueError(f"the tokenizer of {data_dir} has {tok.vocab_size} ids, this model {config.vocab_size}")
@@ -747,11 +776,15 @@ def run_stage(stage: str, args, world: World) -> None:
     settings = resolve(stage, args, data_dir, world)
     on_first_rank(lambda: open_folder(stage_dir, asdict(settings)))
     own = on_first_rank(lambda: latest_checkpoint(stage_dir))
-    start = read_json(f"{own}/meta.json")["step"] if own else 0
+    if own and args.resume == "never":
+        raise ValueError(f"{stage_dir} has a checkpoint: --resume auto goes on from it, another --out starts anew")
+    meta = read_json(f"{own}/meta.json") if own else {"step": 0}
+    start, skipped = meta["step"], meta.get("skipped", 0)
     if start >= settings.steps:
         return say(f"[{stage}] is finished: {own}")
     order = args.seed + 1000 * list(STANDS_ON).index(stage)  # no stage sees a shared source in the order of another
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, order)
+    check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
     model, optimizer = load_model(settings, own, args, world)
     begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
     size = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps"
@@ -760,7 +793,6 @@ def run_stage(stage: str, args, world: World) -> None:
     log, speed, tok = MetricsLog(stage_dir, start), Speed(settings, world), tokenizer.load(data_dir)
     token_bytes = torch.zeros(tok.vocab_size, dtype=torch.int64)
     token_bytes[list(tok.ranks.values())] = torch.tensor([len(token) for token in tok.ranks])
-    skipped = 0
     with Interrupt() as interrupt:
         for step in range(start + 1, settings.steps + 1):
             doing["what"] = f"step {step} of {stage}"
@@ -786,7 +818,9 @@ def run_stage(stage: str, args, world: World) -> None:
             if last or signum or step == start + 1 or step % args.log_every == 0:
                 say(log_line(row, settings, speed))
             if last or signum or step % args.save_every == 0:
-                path = save_checkpoint(stage_dir, step, model, optimizer, tok, {"stage": stage}, args.keep_every)
+                path = save_checkpoint(
+                    stage_dir, step, model, optimizer, tok, {"stage": stage, "skipped": skipped}, args.keep_every
+                )
             if signum:
                 say(f"[{stage}] stopped after step {step}: saved {path}, the same command goes on")
                 raise SystemExit(128 + signum)
@@ -822,23 +856,85 @@ def is_finished(stage_dir: str) -> bool:
     return path is not None and read_json(f"{path}/meta.json")["step"] >= read_json(f"{stage_dir}/config.json")["steps"]
 
 
+def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, kernels: bool) -> dict[str, float]:
+    """Bytes of one rank by part, and at the peak. kernels: as on a GPU; without them a CPU keeps other things.
+
+    The peak is at the end of a micro-batch's forward pass, when gradients exist only if an earlier one left them; with
+    recomputation it may come when the first block is computed again. bench_training.py measures how true this is.
+    """
+    n, share = config.num_params(), args.replicate / ranks
+    root = config.num_params() - config.num_layers * (block := block_params(config))
+    c, h, i = DTYPES[dtype].itemsize, config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    tokens = min(args.micro_batch, -(-args.batch // ranks)) * args.seq_len
+    if kernels:  # two norms: sum and output; q, k, v, o, log-sum-exp
+        layer = 2 * (2 * c * h + 4) + c * (2 * q + 2 * kv) + 4 * config.num_heads
+        logits = min(4 * tokens * config.vocab_size, 512 << 20) + c * config.vocab_size * h
+    else:  # two norms in fp32 and their outputs; q, k, v, o and the probabilities of blocks of queries
+        seen = (args.seq_len + QUERIES) / 2
+        layer = 2 * ((4 + c) * h + 4) + c * (2 * q + 2 * kv) + c * config.num_heads * seen
+        logits = 8 * min(tokens * config.vocab_size, LOGITS_BUDGET)
+    layer = tokens * (layer + 4 * c * i)  # SwiGLU: gate, silu(gate), up, their product
+    kept = tokens * (4 + c) * h + (config.num_layers * (tokens * 2 * c * h if args.activation_checkpointing else layer))
+    again = (
+        layer + 4 * c * i * tokens if args.activation_checkpointing else 0
+    )  # a block, and the gradients inside its MLP
+    gathered = c * (root + 2 * block) + (c + 4) * block if ranks > 1 else c * n * (dtype == "bf16")
+    parts = {"parameters": 4 * n * share, "gradients": 4 * n * share, "optimizer": 8 * n * share}
+    parts |= {"weights to compute with": gathered, "activations": kept, "logits": logits}
+    early = parts["gradients"] if tokens * ranks < args.batch * args.seq_len else 0
+    fixed = parts["parameters"] + parts["optimizer"] + gathered
+    return parts | {"peak": fixed + max(kept + max(logits, again) + early, parts["gradients"])}
+
+
+def block_params(config: LlamaConfig) -> int:
+    return replace(config, num_layers=2).num_params() - replace(config, num_layers=1).num_params()
+
+
+def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
+    """ValueError if a rank will not have the memory that the plan says."""
+    if world.device.type == "cuda":
+        there = torch.cuda.get_device_properties(world.device).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    else:
+        return
+    need = memory_plan(config, args, dtype, world.size, world.device.type == "cuda")["peak"]
+    if need > there:
+        raise ValueError(
+            f"a rank needs about {need / 2**30:.1f} GiB and has {there / 2**30:.1f} (--plan shows the parts): use a smaller "
+            f"--micro-batch, --activation-checkpointing, or more ranks"
+        )
+
+
 def show_plan(args) -> None:
-    """Size and cost of a stage. State: 16 bytes a parameter (fp32 weight, gradient, two moments), shared by the GPUs;
-    activations of a micro-batch: roughly what the backward pass of a bf16 block keeps, without recomputation."""
-    config, steps = PRESETS[args.preset], args.steps or RUNS[args.preset]["steps"][args.branch]
-    n, tokens = config.num_params(), steps * args.batch * args.seq_len
-    flops = tokens * flops_per_token(config, args.seq_len)
-    width = 8 * config.hidden_size + 4 * config.num_heads * config.head_dim + 3 * config.intermediate_size
-    activations = 2 * args.micro_batch * args.seq_len * config.num_layers * width / 2**30
-    print(f"{args.preset} {args.branch}: {n:,} parameters, {steps:,} steps, {tokens:,} tokens, {flops:.2e} FLOPs")
-    print("GPUs | state, GiB each | activations, about GiB each | hours on H200s at 40 % of their peak")
-    for gpus in (1, 8, 64):
-        hours = flops / (0.4 * PEAK_FLOPS["NVIDIA H200"] * gpus) / 3600
-        print(f"{gpus:4} | {16 * n / gpus / 2**30:15.1f} | {activations:27.1f} | {hours:10,.1f}")
+    """Size, cost and memory of a stage on H200s, for several numbers of them."""
+    config = config_from_hf(read_json(f"{args.init}/config.json")) if args.init else PRESETS[args.preset]
+    steps = args.steps or RUNS[args.preset]["steps"][args.branch]
+    tokens, device = steps * args.batch * args.seq_len, "NVIDIA H200"
+    flops, dtype = tokens * flops_per_token(config, args.seq_len), "bf16" if args.dtype == "auto" else args.dtype
+    print(f"{args.preset} {args.branch}: {config.num_params():,} parameters, {steps:,} steps, {tokens:,} tokens")
+    print(f"{flops:.3e} FLOPs: 6 per weight but the input embedding's, and causal attention (flops_per_token)")
+    print(
+        f"{dtype}, {args.micro_batch} x {args.seq_len} tokens at once; GiB a GPU; time at {args.mfu:.0%} of {device}s' peak:"
+    )
+    rows = []
+    for gpus in sorted({1, 8, 64, int(os.environ.get("WORLD_SIZE", "1"))}):
+        if args.batch % gpus or gpus % args.replicate:
+            continue
+        parts = memory_plan(config, args, dtype, gpus, kernels=True)
+        hours = flops / (args.mfu * PEAK_FLOPS[device] * gpus) / 3600
+        rows.append([f"{gpus}", *(f"{size / 2**30:.1f}" for size in parts.values()), f"{hours * 3600 / steps:.2f}"])
+        rows[-1] += [f"{hours:,.1f}", f"{hours * gpus:,.1f}"]
+    table = [["GPUs", *parts, "s a step", "hours", "GPU-hours"], *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    print("\n".join(" | ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table))
 
 
-def mixture(text: str) -> dict[str, float]:
-    """ "web=0.7,long_cot=0.3" → {"web": 0.7, "long_cot": 0.3}"""
+def mixture(text: str) -> dict[str, float] | str:
+    """ "web=0.7,long_cot=0.3" → {"web": 0.7, "long_cot": 0.3}; a name is looked up when the data is known."""
+    if re.fullmatch(r"\w+", text):
+        return text
     try:
         parts = sorted(part.split("=") for part in text.split(","))  # in one order: it decides that of the data
         weights = {name: float(weight) for name, weight in parts}
@@ -862,8 +958,9 @@ def parse_arguments():
     p.add_argument("--steps", type=int, metavar="N", help="of the stage that --branch names")
     p.add_argument("--lr", type=float, metavar="X", help="highest learning rate of the stage that --branch names")
     p.add_argument(
-        "--mix", type=mixture, metavar="A=X,B=Y", help="of the stage that --branch names: shares of tokens, sum 1"
-    )
+        "--mix", type=mixture, metavar="A=X,B=Y",
+        help="of the stage that --branch names: shares of tokens, sum 1; or a name from CONTROLLED in data/recipes.py",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="of data, order and first weights (default 0)")
     p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of activations; weights stay in fp32")
     p.add_argument("--batch", type=int, metavar="N", help="sequences a step, of all ranks together")
@@ -873,6 +970,12 @@ def parse_arguments():
         "--replicate", type=int, default=1, metavar="N", help="whole copies of the model, one a node say (HSDP)"
     )
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads a process; same numbers need the same N")
+    p.add_argument(
+        "--resume",
+        default="auto",
+        choices=("auto", "never"),
+        help="auto (default): go on from the last good checkpoint",
+    )
     p.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints")
     p.add_argument(
         "--keep-every", type=int, metavar="N", help="keep the checkpoint of every Nth step, beside the last two"
@@ -882,6 +985,7 @@ def parse_arguments():
     p.add_argument("--compile", action="store_true", help="torch.compile each block: pays on a GPU, after a slow start")
     p.add_argument("--activation-checkpointing", action="store_true", help="recompute them: less memory, 1/3 slower")
     p.add_argument("--plan", action="store_true", help="print size, cost and memory of the stage, and stop")
+    p.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the GPUs' peak that --plan counts on")
     with contextlib.redirect_stderr(sys.stderr if is_first() else io.StringIO()):
         args = p.parse_args()
     run = RUNS[args.preset]
@@ -889,7 +993,7 @@ def parse_arguments():
     for name in ("batch", "micro_batch", "seq_len", "save_every", "eval_every", "log_every"):
         if getattr(args, name) is None:
             setattr(args, name, run[name])
-    positive = "steps lr batch micro_batch seq_len replicate threads save_every keep_every eval_every log_every"
+    positive = "steps lr mfu batch micro_batch seq_len replicate threads save_every keep_every eval_every log_every"
     for name in positive.split():
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")

@@ -188,7 +188,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rope_tables(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, cos) and (-sin, sin) of the angles, each (B, T, 1, head_dim) in fp32: in bf16, positions past 256 would collide."""
+    """(cos, cos) and (-sin, sin) of the angles, each (B, T, 1, head_dim); fp32: in bf16, positions past 256 would collide."""
     angles = positions[:, :, None, None].float() * inv_freq  # (B, T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

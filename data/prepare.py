@@ -17,6 +17,7 @@ kill the command at any moment, and the same command goes on and writes the same
 
 import argparse
 import contextlib
+import glob
 import gzip
 import hashlib
 import itertools
@@ -387,7 +388,7 @@ def read_rows(path: Path, count: Callable[[int], None] = lambda size: None) -> I
                 count(len(line))
                 yield row
     except (ValueError, TypeError, EOFError, zlib.error, gzip.BadGzipFile):
-        raise ValueError(f"{path}, line {number + 1}: not one JSON object a line in UTF-8, or truncated") from None
+        raise ValueError(f"{path}, line {number}: not one JSON object a line in UTF-8, or truncated") from None
 
 
 def stream(what: str, skip: int, **where) -> Iterator[dict]:
@@ -426,7 +427,7 @@ def corpus_files(corpus: recipes.Corpus, folder: Path) -> list[Path]:
     """The files of a corpus; one that is not there is a FileNotFoundError, of a kind that nobody reads a ValueError."""
     found: list[Path] = []
     for name in corpus.files:
-        paths = sorted(folder.glob(name)) if "*" in name else [folder / name]
+        paths = [Path(path) for path in sorted(glob.glob(str(folder / name)))] if "*" in name else [folder / name]
         if not paths or not all(path.is_file() for path in paths):
             raise FileNotFoundError(f"no file {folder / name}: see the README for where the public files come from")
         found += paths

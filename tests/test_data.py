@@ -2,8 +2,10 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -59,6 +61,10 @@ def test_every_mixture_sums_to_one_and_names_known_sources():
             counts = loader.block_counts(mixture)
             assert counts / counts.sum() == pytest.approx(list(mixture.values()), abs=1e-9)
         assert set(recipes.SOURCES[world].values()) == {"text", "document"}
+        for name, mixture in recipes.CONTROLLED[world].items():
+            assert sum(mixture.values()) == pytest.approx(1, abs=1e-9) and set(mixture) <= set(
+                recipes.SOURCES[world]
+            ), name
     assert set(recipes.SOURCES["tiny"]) == set(synth.SOURCES)
 
 
@@ -66,10 +72,27 @@ def test_formats():
     row = {"problem": "Ann has 48.", "answer": "24", "solution": "48/2=<<48/2=24>>24 clips."}
     assert recipes.question_answer(row) == "Ann has 48.\n48/2=24 clips.\nThe answer is \\boxed{24}."
     assert recipes.question_answer(row | {"solution": "So \\boxed{24}"}) == "Ann has 48.\nSo \\boxed{24}"
-    assert recipes.long_thought(row | {"response": "<think>hm</think>24"}) == "Ann has 48.\n<think>hm</think>24"
+    generated = {"problem": "1+1?", "generated_solution": "It is 2.", "expected_answer": "2", "solution": None}
+    assert recipes.question_answer(generated) == "1+1?\nIt is 2.\nThe answer is \\boxed{2}."
+    with pytest.raises(KeyError, match="no column solution or generated_solution or response; it has: problem, answer"):
+        recipes.question_answer({"problem": "1+1?", "answer": "2"})
+
+    thought = "<think>hm</think>24"
+    assert recipes.long_thought(row | {"response": thought}) == f"Ann has 48.\n{thought}"
+    several = {"problem": "Q", "generations": ["<think>a</think>1", "<think>b</think>2"], "solution": "x"}
+    assert recipes.long_thought(several | {"correctness_math_verify": [False, True]}) == "Q\n<think>b</think>2"
+    assert recipes.long_thought(several | {"correctness_math_verify": [False, False]}) is None
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>a</think><answer>1</answer>"}]
+    assert recipes.long_thought({"messages": turns}) == "Q\n<think>a</think>1"
+
     turn = {"instruction": "Sum up.", "context": "A tale.", "response": "Short."}
     assert recipes.conversation(turn) == "User:Sum up.\nA tale.\nAssistant:Short."
     assert recipes.conversation(turn | {"context": ""}) == "User:Sum up.\nAssistant:Short."
+    chat = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi "}]}
+    assert recipes.conversation(chat) == "User:Hi"
+    wild = {"model": "gpt-4-0314", "conversation": [{"role": "assistant", "content": "Yes"}]}
+    assert recipes.conversation(wild) == "Assistant:Yes"
+    assert recipes.conversation(wild | {"model": "gpt-3.5-turbo"}) is None, "high quality only"
 
 
 def test_prompts():
@@ -124,11 +147,10 @@ def test_shards_hold_the_documents(folder):
 @settings(deadline=None)
 def test_packing_keeps_every_token_and_cuts_only_what_is_too_long(lengths, open_rows):
     capacity, first = 16, shards.OPEN_ROWS
-    docs = [[i] * n for i, n in enumerate(lengths)]
+    docs = [np.array([i] * n) for i, n in enumerate(lengths)]
     try:
         shards.OPEN_ROWS = open_rows
-        rows = list(shards.pack(docs, capacity))
-        assert rows == list(shards.pack(docs, capacity))
+        rows = [(ids.tolist(), begins) for ids, begins in shards.pack(docs, capacity)]
     finally:
         shards.OPEN_ROWS = first
     parts = [ids[a:b] for ids, starts in rows for a, b in zip(starts, [*starts[1:], len(ids)])]
@@ -165,15 +187,15 @@ def test_a_failed_preparation_leaves_no_half_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "_checksum", full_disk)
     with pytest.raises(OSError, match="No space"):
         prepare.prepare_synth(tmp_path, 300, T, TOKENS)
-    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
+    assert not list(tmp_path.glob("*.bin*")) and not (tmp_path / "index.json").exists()
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     class Large:
         vocab_size, eos_id, hash = 70_000, 69_999, "x"
-        encode = staticmethod(lambda text: [int(text)])
 
-    shards.write_shard(tmp_path / "s", "text", ["66000", "5", "6"], Large, T)
+    ids = [np.array([i, Large.eos_id], np.uint32) for i in (66_000, 5, 6)]
+    shards.write_shard(tmp_path / "s", "text", ids, Large, T)
     shard = shards.Shard(tmp_path / "s")
     assert shard.tokens.tolist() == [66_000, 69_999, 5, 69_999, 6, 69_999] and shard.starts.tolist() == [0, 2, 4]
 
@@ -349,14 +371,16 @@ def test_another_tokenizer(copy):
 def files(tmp_path):
     """A few rows of every public file."""
     rows = {
-        "math_text": [{"text": f"Theorem {i}. " + "Every even number is a sum of primes. " * 9} for i in range(8)],
-        "general_text": [{"text": f"Chapter {i}. " + "It was a dark and stormy night. " * 9} for i in range(8)],
+        "math_text": [{"text": f"Theorem {i}. " + "Every even number is a sum of primes. " * 9} for i in range(99)],
+        "general_text": [{"text": f"Chapter {i}. " + "It was a dark and stormy night. " * 9} for i in range(99)],
         "short_cot": [{"problem": f"{i}+1?", "answer": str(i + 1), "solution": f"<<x>>{i}+1"} for i in range(90)],
-        "long_cot": [{"problem": "2?", "response": "<think>hm</think>2", "overlaps": "gsm8k/test/1"}] * 90,
-        "instruct": [{"instruction": "Hi.", "context": "", "response": "Hello."}] * 90,
+        "long_cot": [
+            {"problem": f"{i}?", "response": "<think>hm</think>2", "overlaps": "gsm8k/test/1"} for i in range(90)
+        ],
+        "instruct": [{"instruction": f"Hi {i}.", "context": "", "response": "Hello."} for i in range(90)],
     }
-    for name, source in recipes.REAL_FILES.items():
-        for file in source.files:
+    for name, corpus in recipes.REAL_CORPORA.items():
+        for file in corpus.files:
             path = tmp_path / "public" / file
             path.parent.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(row) + "\n" for row in rows[name])
@@ -364,16 +388,25 @@ def files(tmp_path):
     return tmp_path / "public"
 
 
-def run(files, *args, code=0):
-    command = [sys.executable, "-m", "data.prepare", "--data", files, "--out", files.parent / "out", "--seq-len", "32"]
-    done = subprocess.run([*map(str, command), *args], capture_output=True, text=True, cwd=ROOT, check=False)
+def command(files, *args, out="out"):
+    command = [sys.executable, "-m", "data.prepare", "--data", files, "--out", files.parent / out, "--seq-len", "32"]
+    return [*map(str, command), "--workers", "1", *map(str, args)]
+
+
+def run(files, *args, code=0, out="out"):
+    done = subprocess.run(command(files, *args, out=out), capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
 
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def test_command_line(files):
     error = run(files, code=2)
-    assert error.count("\n") == 1 and "--keep-overlaps" in error and not (files.parent / "out").exists()
+    assert error.count("\n") == 1 and "'long_cot' has fewer than two documents" in error
+    assert not (files.parent / "out").exists()
     printed = run(files, "--keep-overlaps", "--vocab-size", "400", "--max-tokens", "2000")
     assert printed.splitlines()[-1].startswith("ready: ")
     tok = tokenizer.load(files.parent / "out")
@@ -382,11 +415,19 @@ def test_command_line(files):
     loads = Loader(files.parent / "out", recipes.REAL["hybrid"], 32, 20)
     assert torch.bincount(loads.batch(0).source).tolist() == [11, 1, 2, 2, 4]
     assert run(files, "--keep-overlaps", "--vocab-size", "400", "--max-tokens", "2000", "--check") == printed
-    assert "max_tokens 2000 → None" in run(files, "--keep-overlaps", "--vocab-size", "400", code=2)
+    assert "max_tokens {" in run(files, "--keep-overlaps", "--vocab-size", "400", code=2)
 
 
 @pytest.mark.parametrize("args, message", [
     (["--sources", "web"], "unknown source 'web' (valid: math_text, general_text, short_cot, long_cot, instruct)"),
+    (["--max-tokens", "web=3"], "unknown source 'web' (valid: math_text"),
+    (["--max-tokens", "0"], "'0' is not N or NAME=N"),
+    (["--source", "web=txt:a.jsonl"], "FORMAT one of text, qa, long_cot, chat"),
+    (["--source", "web=text:a.csv"], "no file"),
+    (["--source", "web=text:*.jsonl"], "no file"),
+    (["--world", "tiny"], "invalid choice: 'tiny'"),
+    (["--against", "nowhere.jsonl"], "no file nowhere.jsonl to keep out"),
+    (["--workers", "0"], "must be at least 1"),
     (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
     (["--seq-len", "0"], "must be at least 1"),
     (["--tokens", "5"], "valid flags:"),
@@ -401,7 +442,7 @@ def test_bad_arguments(files, args, message, capsys, monkeypatch):
 
 def test_bad_files(tmp_path):
     good, path = b'{"text": "a"}\n', tmp_path / "rows.jsonl"
-    for data, line in ((good + b"{", 2), (good * 2 + b"7\n", 3), (good + b"\xff\n", 0), (b"[1]\n", 1)):
+    for data, line in ((good + b"{", 2), (good * 2 + b"7\n", 3), (good + b"\xff\n", 2), (b"[1]\n", 1)):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"rows.jsonl, line {line}: not one JSON object"):
             list(prepare.read_rows(path))
@@ -409,10 +450,195 @@ def test_bad_files(tmp_path):
     path.write_bytes(gzip.compress(good * 9)[:-9])
     with pytest.raises(ValueError, match="or truncated"):
         list(prepare.read_rows(path))
-    (tmp_path / "empty.jsonl").touch()
     (tmp_path / "number.jsonl").write_text('{"text": 7}\n')
-    for file, message in (("empty.jsonl", "nothing to read in empty"), ("number.jsonl", "a row does not fit")):
-        with pytest.raises(ValueError, match=message):
-            list(prepare.read_documents(tmp_path, recipes.Files("text", (file,), recipes.running_text), "val"))
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n{"body": "b", "title": "c"}\n')
+    for file, message in (
+        ("number", "row 1 .*int instead of text"),
+        ("other", "row 2 .*no column text or content; it has: b"),
+    ):
+        with pytest.raises(ValueError, match=f"{file}.jsonl: {message}"):
+            list(prepare.documents(recipes.Corpus("text", (f"{file}.jsonl",)), tmp_path, False))
     with pytest.raises(FileNotFoundError, match="no file"):
-        list(prepare.read_rows(tmp_path / "none.jsonl"))
+        list(prepare.documents(recipes.Corpus("text", ("none.jsonl",)), tmp_path, False))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is dropped
+
+
+WORDS = st.lists(
+    st.sampled_from("one two, Three 4 fünf sixsixsixsixsixsix sixsixsixsixsixsax \0 .".split(" ")), max_size=60
+)
+
+
+@given(st.lists(WORDS, max_size=6), st.lists(WORDS, max_size=6))
+@settings(deadline=None)
+def test_shared_runs_of_words_are_found(problems, texts):
+    """As a set of tuples of words finds them."""
+    problems, texts = ([" ".join(words) for words in part] for part in (problems, texts))
+
+    def grams(text):
+        words = re.findall("[a-z0-9]+", re.sub("[^\\x00-\\x7f]", " ", text.lower()))
+        return {tuple(words[i : i + prepare.GRAM]) for i in range(len(words) - prepare.GRAM + 1)}
+
+    forbidden = set().union(*map(grams, problems))
+    found = prepare.Grams(problems).shared_by([text.encode() for text in texts])
+    assert found.tolist() == [bool(grams(text) & forbidden) for text in texts]
+
+
+def test_duplicates_and_benchmark_problems_are_dropped_and_counted(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    problem = "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May."
+    rows = [f"Document {i} says little." for i in range(150)]
+    rows[20] = "As an example: " + problem.upper().replace(" ", "  ") + " How many?"
+    rows[30] = " ".join(problem.split()[:12]) + " is too little."
+    rows[40] = rows[41] = rows[7]
+    rows[50] = ""
+    write_rows(folder / "a.jsonl", [{"text": row} for row in rows])
+    write_rows(folder / "bench.jsonl", [{"problem": problem, "answer": "72"}, {"problem": "Short?", "answer": "1"}])
+    said = run(folder, "--source", "a=text:a.jsonl", "--against", folder / "bench.jsonl", "--vocab-size", "300")
+    dropped = json.loads((out / "index.json").read_text())["sources"]["a"]["dropped"]
+    assert dropped == {"seen before": 2, "sharing 13 words with a benchmark": 1, "without a document": 1}
+    assert "1 sharing 13 words with a benchmark" in said and "2 problems of" in said
+    found = shard_documents(shards.Shard(out / "a.train.bin"), tokenizer.load(out))
+    kept = [text for i, text in enumerate(rows) if i not in (20, 40, 41, 50)]
+    assert found == [text + "<|end_of_text|>" for i, text in enumerate(kept) if i % prepare.VAL_EVERY]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts, workers, kills
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A folder of two files of 400 rows, in parts of about ten."""
+    monkeypatch.setattr(prepare, "PART_CHARACTERS", 3000)
+    for name in "ab":
+        texts = [f"{name}{i}: " + "so it goes, and on it goes " * (i * 7 % 13) for i in range(400)]
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
+    return tmp_path
+
+
+def prepared(folder, out, workers=1, max_tokens=None):
+    corpora = {name: recipes.Corpus("qa" if name == "b" else "text", (f"{name}.jsonl",)) for name in "ab"}
+    sources = {name: prepare.real_source(corpus, folder, max_tokens, False) for name, corpus in corpora.items()}
+    make = lambda: prepare.train_tokenizer(sources, 300)  # noqa: E731
+    return prepare.prepare(folder / out, sources, make, T, {"world": "own"}, ["so it went " * 9], workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_a_failure_inside_a_source_change_no_byte(many, monkeypatch, workers):
+    prepared(many, "whole")
+    real, calls = prepare.documents, count()
+
+    def fail(*args):
+        for row in real(*args):
+            if next(calls) == 1500:  # in b: 4 rows to begin with, 800 for the tokenizer, 400 of a
+                raise OSError("the network is gone")
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "documents", fail)
+        with pytest.raises(OSError, match="network"):
+            prepared(many, "cut", workers)
+    parts = sorted((many / "cut").glob("*.parts/*.npz"))
+    assert len(parts) > 3 and (many / "cut/a.train.bin").exists() and not (many / "cut/b.train.bin").exists()
+    before = {part: part.stat().st_mtime_ns for part in parts}
+    again = []
+    real_part = prepare.write_part
+    monkeypatch.setattr(prepare, "write_part", lambda path, *args: again.append(path) or real_part(path, *args))
+    prepared(many, "cut")
+    assert contents(many / "cut") == contents(many / "whole") and not set(again) & set(before)
+
+
+def test_a_budget_stops_reading(many):
+    index = prepared(many, "few", max_tokens=2000)["sources"]
+    for name in "ab":
+        real = {split: index[name][split]["tokens"] - index[name][split]["padding"] for split in ("train", "val")}
+        assert 2000 <= real["train"] < 2200 and 4 * T <= real["val"] < 4 * T + 200
+    assert not list((many / "few").glob("*.parts")) and not (many / "few/unfinished.json").exists()
+
+
+def test_a_killed_command_leaves_no_worker_and_goes_on(tmp_path):
+    folder = tmp_path / "in"
+    write_rows(folder / "a.jsonl", [{"text": f"{i} " + "so it goes " * 700} for i in range(4000)])
+    args = ("--source", "a=text:a.jsonl", "--vocab-size", "300", "--workers", "2")
+    process = subprocess.Popen(command(folder, *args), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts, end = tmp_path / "out/a.parts", time.monotonic() + 60
+    while not list(parts.glob("00000[1-9].npz")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.002)
+    workers = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/stat") if stat_field(p, 1) == process.pid]
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2
+    while any(Path(f"/proc/{pid}").exists() and stat_field(Path(f"/proc/{pid}/stat"), 0) != "Z" for pid in workers):
+        assert time.monotonic() < end, "a worker outlives the command"
+        time.sleep(0.02)
+    run(folder, *args)
+    run(folder, *args[:-2], out="whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def stat_field(path, number):
+    """Of /proc/PID/stat: state (0) or parent (1)."""
+    try:
+        fields = path.read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return fields[0] if number == 0 else int(fields[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Through `datasets`: parquet, and a data set of the hub (here a local folder in the same format)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"question": f"{i}+1?", "solution": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(200)]
+    for part in ("easy", "hard"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        table = pyarrow.Table.from_pylist([row | {"question": f"{part} {row['question']}"} for row in rows])
+        parquet.write_table(table, tmp_path / "set" / part / "train-0.parquet")
+    configs = "".join(f"- config_name: {p}\n  data_files: {p}/train-*.parquet\n" for p in ("easy", "hard"))
+    (tmp_path / "set/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return tmp_path
+
+
+def test_parquet_and_the_hub(hub):
+    where = hub / "set"
+    texts = []
+    for source in (f"hub:{where}:easy", f"hub:{where}:easy/*.parquet", f"{where}/easy/*.parquet"):
+        name, corpus = prepare.own_source(f"qa=qa:{source}")
+        texts.append(list(prepare.documents(corpus, Path("/"), False)))
+        assert name == "qa" and texts[-1][3:] == list(prepare.documents(corpus, Path("/"), False, skip=3))
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 200
+    assert texts[0][4] == "easy 4+1?\nIt is 5.\nThe answer is \\boxed{5}."
+    said = run(where, "--source", f"qa=qa:hub:{where}:hard", "--vocab-size", "300", "--max-tokens", "qa=900")
+    assert said.startswith("qa ") and "ready" in said
+
+
+@pytest.mark.parametrize("part, message", [
+    ("easy:test", "split test cannot be read: .*test.*train"),
+    ("middling", "cannot be read: .*middling.*easy.*hard"),
+    ("easy/*.csv", "cannot be read: "),
+])  # fmt: skip
+def test_what_the_hub_does_not_have(hub, part, message):
+    _, corpus = prepare.own_source(f"qa=qa:hub:{hub / 'set'}:{part}")
+    with pytest.raises(ValueError, match=message):
+        list(prepare.documents(corpus, hub, False))
+    _, corpus = prepare.own_source(f"web=text:hub:{hub / 'set'}:easy")
+    with pytest.raises(
+        ValueError, match="row 1 does not fit the format 'text': no column text or content; it has: question"
+    ):
+        list(prepare.documents(corpus, hub, False))
+    with pytest.raises(ValueError, match="nowhere/at-all, split train cannot be read: "):
+        list(prepare.documents(recipes.Corpus("text", hub="nowhere/at-all"), hub, False))

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ def make_small() -> None:
     """The tiny preset made minute, here and in the processes that the tests start."""
     midtrain.PRESETS["tiny"] = LlamaConfig(300, 2, 32, 4, 2, 8, 64)
     midtrain.RUNS["tiny"] = midtrain.RUNS["tiny"] | {
-        "steps": midtrain._stages(4, 4, 4), "warmup": 2, "batch": 8, "micro_batch": 4, "seq_len": 64, "vocab": 300,
+        "steps": midtrain._stages(4, 4, 4, 4), "warmup": 2, "batch": 8, "micro_batch": 4, "seq_len": 64, "vocab": 300,
         "tokens": dict.fromkeys(SOURCES, 20_000), "save_every": 4, "eval_every": 100, "log_every": 1,
     }  # fmt: skip
 
@@ -65,6 +66,30 @@ def train(shards, monkeypatch):
         midtrain.main()
 
     return run
+
+
+def torchrun(folder: Path, ranks: int, *flags, patch: str = "", nodes: tuple[str, ...] = ("--standalone",)):
+    """Start the program under torchrun; `patch` is run in every rank before it. → Popen"""
+    driver = folder / f"driver{abs(hash(patch))}.py"
+    driver.write_text(DRIVER.replace("run_cli(midtrain.main)", patch + "\nrun_cli(midtrain.main)"))
+    launch = (sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc_per_node={ranks}", driver)
+    command = [str(word) for word in (*launch, "--dtype", "fp32", *flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of a process that ends with this code."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    return out, err
+
+
+def assert_same_losses(a: Path, b: Path, tolerance: float = 1e-5) -> None:
+    """Every metric of every step."""
+    for one, other in zip(rows(a), rows(b), strict=True):
+        apart = {key: abs(one[key] - other[key]) for key in one}
+        assert one.keys() == other.keys() and max(apart.values()) <= tolerance, f"{b}, step {one['step']}: {apart}"
 
 
 def rows(stage_dir: Path) -> list[dict]:
@@ -205,7 +230,7 @@ def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
 
 def test_a_paper_preset_takes_the_shape_of_init(train, tmp_path, capsys):
     """A Qwen with a padded vocabulary under the schedule of 1b, and a branch that stands on what came of it."""
-    midtrain.RUNS["1b"] = midtrain.RUNS["tiny"] | {"steps": midtrain._stages(None, 3, 3)}
+    midtrain.RUNS["1b"] = midtrain.RUNS["tiny"] | {"steps": midtrain._stages(None, 3, 3, 3)}
     qwen = LlamaConfig(320, 3, 32, 4, 2, 8, 48, qkv_bias=True)
     Llama(qwen).init_weights(0).save_pretrained(str(tmp_path / "qwen"))
     train(tmp_path, "--preset", "1b", "--branch", "stable", "--init", str(tmp_path / "qwen"))
@@ -317,7 +342,7 @@ def kill_at(kind: str, process: subprocess.Popen, out: Path, rng: random.Random)
         return False
 
     while time.monotonic() < deadline and process.poll() is None:
-        if kind == "in preparation" and fresh(*(out / "data").glob("*.tmp")):
+        if kind == "in preparation" and fresh(*(out / "data").rglob("*.tmp")):
             break
         if kind == "in a checkpoint" and fresh(out / "base/checkpoints/unfinished"):
             time.sleep(wait / 30)
@@ -342,14 +367,7 @@ def survive(folder: Path, kinds: list[str], ranks: int, steps: int, seed: int = 
     """Start the same command again after each kill, then compare with a run that nobody killed. → kills that struck."""
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        "--max-restarts=0",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     program = [sys.executable, driver] if ranks == 1 else [*launch, driver]
     flags = ["--branch", "base", "--steps", str(steps), "--save-every", "5", "--dtype", "fp32"]
     rng, struck, environment = random.Random(seed), 0, os.environ | {"OMP_NUM_THREADS": "1"}
@@ -453,7 +471,6 @@ def test_two_checkpoints_are_kept(train, tmp_path):
 
 
 def test_a_rank_that_fails_takes_the_job_down_and_says_where(tmp_path, shards):
-    driver = tmp_path / "driver.py"
     crash_in_step_3 = """
 steps, real = iter(range(1, 99)), midtrain.train_step
 def train_step(*args):
@@ -462,14 +479,10 @@ def train_step(*args):
     return real(*args)
 midtrain.train_step = train_step
 """
-    driver.write_text(DRIVER.replace("run_cli(midtrain.main)", crash_in_step_3 + "run_cli(midtrain.main)"))
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver)
-    flags = ("--branch", "base", "--data", shards, "--dtype", "fp32", "--out", tmp_path / "run")
     start = time.monotonic()
-    done = subprocess.run(
-        [*launch, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and "rank 1 failed in step 3 of base: RuntimeError: out of memory" in done.stderr
+    flags = ("--branch", "base", "--data", shards, "--out", tmp_path / "run")
+    _, error = finish(torchrun(tmp_path, 2, *flags, patch=crash_in_step_3), code=1)
+    assert "rank 1 failed in step 3 of base: RuntimeError: out of memory" in error
     assert time.monotonic() - start < 45, "most of it the start"
 
 
@@ -503,6 +516,28 @@ def test_a_mixture_on_the_command_line(train, tmp_path):
         train(tmp_path / "b", "--branch", "base", "--mix", "code=1")
 
 
+def test_a_controlled_run_stands_on_the_base_and_takes_a_mixture_by_name(train, tmp_path, capsys):
+    with pytest.raises(ValueError, match="stage controlled needs --mix"):
+        train(tmp_path, "--branch", "controlled")
+    with pytest.raises(ValueError, match=r"no mixture 'qa' for this data .valid: qa_short, qa_long, instruct_short"):
+        train(tmp_path, "--branch", "controlled", "--mix", "qa")
+    train(tmp_path, "--branch", "controlled", "--mix", "qa_30")
+    settings = json.loads((tmp_path / "controlled/config.json").read_text())
+    assert settings["mixture"] == {"web": 0.7, "long_cot": 0.3} and settings["starts_from"] == "base"
+    assert rows(tmp_path / "controlled")[-1]["lr"] == pytest.approx(0.1 * settings["lr"])
+    with pytest.raises(ValueError, match="--resume auto goes on from it"):
+        train(tmp_path, "--branch", "controlled", "--mix", "qa_30", "--resume", "never", "--steps", "4")
+
+
+def test_noisy_text_is_generated_for_a_mixture_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(midtrain, "EXTRA_TOKENS", {"noisy": 20_000})
+    for flags in (["controlled", "--mix", "noisy"], ["stable"]):
+        command = ["midtrain.py", "--out", str(tmp_path), "--threads", "1", "--branch", *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        midtrain.main()
+    assert (tmp_path / "data/noisy.train.bin").exists() and rows(tmp_path / "controlled")[-1]["loss/noisy"] > 0
+
+
 def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
     train(tmp_path, "--branch", "base")
     path = midtrain.latest_checkpoint(str(tmp_path / "base"))
@@ -517,55 +552,84 @@ def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
 # Ranks and micro-batches
 
 
-def test_two_ranks_and_accumulation_give_the_losses_of_one_process(train, tmp_path, shards):
-    """And a state that one process wrote is loaded by two, then the other way round."""
-    command = ("--branch", "stable", "--steps", "20", "--save-every", "10")
+def test_any_number_of_ranks_goes_on_with_any_others_state(train, tmp_path, shards):
+    """One process; micro-batches that do not divide the batch; two ranks on a state of one; one and four on one of two."""
+    command = ("--branch", "stable", "--steps", "20", "--save-every", "10", "--data", shards)
     train(tmp_path / "one", "--branch", "base")
     for other in ("cut", "two"):
         subprocess.run(["cp", "-r", tmp_path / "one", tmp_path / other], check=True)
     train(tmp_path / "one", *command, "--micro-batch", "8")
     train(tmp_path / "cut", *command, "--micro-batch", "3")
-
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    flags = ("--out", tmp_path / "two", "--data", shards, "--dtype", "fp32", *command)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver, *flags)
-    done = subprocess.run(
-        launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step  1/20") == 1, "only one rank speaks"
-    newest = tmp_path / "two/stable/checkpoints/step_000020"
-    subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / "back"], check=True)
-    subprocess.run(["rm", "-r", tmp_path / "back/stable/checkpoints" / newest.name], check=True)
+    said, _ = finish(torchrun(tmp_path, 2, *command, "--out", tmp_path / "two"))
+    assert said.count("step  1/20") == 1, "only one rank speaks"
+    for back in ("back", "four"):
+        subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / back], check=True)
+        subprocess.run(["rm", "-r", tmp_path / back / "stable/checkpoints/step_000020"], check=True)
     train(tmp_path / "back", *command)
+    finish(torchrun(tmp_path, 4, *command, "--out", tmp_path / "four", "--micro-batch", "2"))
+    for other in ("cut", "two", "back", "four"):
+        assert_same_losses(tmp_path / "one/stable", tmp_path / other / "stable")
 
-    one = rows(tmp_path / "one/stable")
-    for other in ("cut", "two", "back"):
-        for a, b in zip(one, rows(tmp_path / other / "stable"), strict=True):
-            apart = {key: abs(a[key] - b[key]) for key in a}
-            assert a.keys() == b.keys() and max(apart.values()) <= 1e-5, f"{other}, step {a['step']}: {apart}"
+
+def test_ranks_times_accumulation_does_not_change_the_gradient(tmp_path, shards):
+    """1 x 8, 2 x 4 and 4 x 2 micro-batches of one row: the whole gradient of a step, parameter by parameter."""
+    keep_gradients = f"""
+import torch
+real = torch.nn.utils.clip_grad_norm_
+def clip(parameters, *args):
+    parameters = list(parameters)
+    whole = [p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad for p in parameters]
+    if midtrain.is_first():
+        torch.save(whole, f"{tmp_path}/{{midtrain.os.environ.get('WORLD_SIZE', '1')}}.pt")
+    return real(parameters, *args)
+torch.nn.utils.clip_grad_norm_ = clip
+"""
+    for ranks in (1, 2, 4):
+        flags = (
+            "--branch",
+            "base",
+            "--steps",
+            "1",
+            "--data",
+            shards,
+            "--micro-batch",
+            "1",
+            "--out",
+            tmp_path / f"r{ranks}",
+        )
+        finish(torchrun(tmp_path, ranks, *flags, patch=keep_gradients))
+        assert_same_losses(tmp_path / "r1/base", tmp_path / f"r{ranks}/base", 1e-6)
+    one, two, four = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2, 4))
+    assert len(one) == 20 and all(g.any() for g in one)
+    for a, b, c in zip(one, two, four, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(c, a, rtol=1e-5, atol=1e-7)
+
+
+def test_two_nodes_meet_and_train_as_one_process(train, tmp_path, shards):
+    """Two torchrun agents with a rendezvous, as on two machines, a copy of the weights on each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = ("--branch", "base", "--steps", "6", "--data", shards)
+    nodes = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test")
+    flags = (*command, "--out", tmp_path / "two", "--replicate", "2")
+    agents = [torchrun(tmp_path, 2, *flags, "--micro-batch", "2", nodes=nodes) for _ in range(2)]
+    said = [finish(agent)[0] for agent in agents]
+    assert sorted(text.count("fp32 on 4 x cpu") for text in said) == [0, 1], "one rank of one node speaks"
+    train(tmp_path / "one", *command)
+    assert_same_losses(tmp_path / "one/base", tmp_path / "two/base")
 
 
 def test_copies_of_shards_give_the_losses_of_one_process(train, tmp_path, shards):
     """--replicate: four ranks as two copies of two shards each, and a number that does not divide them."""
-    command = ("--branch", "base", "--steps", "6")
+    command = ("--branch", "base", "--steps", "6", "--data", shards)
     train(tmp_path / "one", *command)
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    flags = ("--data", shards, "--dtype", "fp32", *command, "--micro-batch", "2")
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", driver, *flags)
-    for copies in (2, 3):
-        options = ("--replicate", str(copies), "--out", tmp_path / str(copies))
-        done = subprocess.run(
-            [*launch, *options], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-        )
-        if copies == 3:
-            assert done.returncode != 0 and "--replicate 3 does not divide 4 ranks" in done.stderr
-            continue
-        assert done.returncode == 0, done.stderr
-        for a, b in zip(rows(tmp_path / "one/base"), rows(tmp_path / "2/base"), strict=True):
-            assert max(abs(a[key] - b[key]) for key in a) <= 1e-5, (a, b)
+    flags = (*command, "--micro-batch", "2", "--out", tmp_path / "copies", "--replicate")
+    finish(torchrun(tmp_path, 4, *flags, "2"))
+    assert_same_losses(tmp_path / "one/base", tmp_path / "copies/base")
+    _, error = finish(torchrun(tmp_path, 4, *flags, "3"), code=1)
+    assert "--replicate 3 does not divide 4 ranks" in error
 
 
 @pytest.mark.parametrize("compile, checkpointing", [(True, False), (False, True), (True, True)])
@@ -619,7 +683,8 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         ("--branch long --mix web=0.5,long_cot=0.4", "must be 0 or more and sum to 1, not 0.9: long_cot 0.4 + web 0.5"),
         ("--branch long --mix web=0.5,web=0.5", "name a source twice"),
         ("--branch long --replicate 2 --data nowhere", "nowhere"),
-        ("--branch long --mix web", "write it as source=share,source=share"),
+        ("--branch long --mix web=", "write it as source=share,source=share"),
+        ("--branch long --mix wbe", "no mixture 'wbe' for this data (valid: qa_short, "),
         ("--branch long --init nowhere", "nowhere/config.json not found"),
         ("--branch base --preset 1b", "take stable"),
         ("--branch long --preset 1b", "--preset 1b needs --init DIR"),
@@ -690,8 +755,57 @@ def test_steps_that_are_not_finite_stop_the_run(train, tmp_path, monkeypatch):
     assert [row.get("skipped") for row in found[-5:]] == [1] * 5
 
 
+def test_skipped_steps_in_a_row_are_counted_through_a_restart(train, tmp_path, monkeypatch):
+    real = midtrain.train_step
+    monkeypatch.setattr(midtrain, "train_step", lambda *args: real(*args) | {"loss": math.nan, "skipped": 1})
+    train(tmp_path, "--branch", "base", "--steps", "4", "--save-every", "1")
+    settings = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(settings | {"steps": 9}))
+    with pytest.raises(ValueError, match="5 steps in a row without a finite loss and gradient, up to step 5"):
+        train(tmp_path, "--branch", "base", "--steps", "9")
+
+
 def test_plan_needs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "stable", "--preset", "8b", "--plan"])
     midtrain.main()
     said = capsys.readouterr().out
     assert "8,030,261,248 parameters" in said and "209,715,200,000 tokens" in said
+    assert "GPU-hours" in said and "s a step" in said
+
+
+MEASURE = f"""
+import resource, sys; sys.path[:0] = [{str(ROOT)!r}]
+import dataclasses, torch, midtrain, model
+from data.loader import Batch
+torch.set_num_threads(1)
+args = midtrain.argparse.Namespace(batch=4, micro_batch=4, seq_len=256, replicate=1)
+args.activation_checkpointing = sys.argv[2] == "1"
+
+def train(config, B, T):
+    llama = midtrain.add_options(model.Llama(config), False, args.activation_checkpointing).init_weights(0)
+    llama.compute_dtype = midtrain.DTYPES[sys.argv[1]]
+    optimizer = midtrain.make_optimizer(llama, 1e-3)
+    zeros = torch.zeros(B, T, dtype=torch.int64)
+    for _ in range(2):
+        midtrain.train_step(llama, optimizer, Batch(zeros, zeros + 1, zeros, zeros[:, 0]), ("web",), B, midtrain.World())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = train(model.LlamaConfig(300, 1, 64, 4, 2, 16, 64), 1, 64)
+config = dataclasses.replace(model.PRESETS["small"], vocab_size=4096, num_layers=6)
+print(train(config, 4, 256) - before, midtrain.memory_plan(config, args, sys.argv[1], 1, kernels=False)["peak"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told to give memory back")
+@pytest.mark.parametrize("dtype, recompute", [("fp32", 0), ("fp32", 1), ("bf16", 0)])
+def test_the_plan_foretells_memory_to_ten_percent(dtype, recompute):
+    give_back = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_TOP_PAD_": "0"}
+    command = [sys.executable, "-c", MEASURE, dtype, str(recompute)]
+    measured, planned = map(float, subprocess.check_output(command, env=os.environ | give_back).split())
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_a_plan_that_does_not_fit_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 10)
+    with pytest.raises(ValueError, match="a rank needs about .* GiB and has 0.0 .*--activation-checkpointing"):
+        train(tmp_path, "--branch", "base")
