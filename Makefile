@@ -1,6 +1,7 @@
 # make            the whole recipe on generated data: base → stable → three branches → GRPO from each → table and picture
 # make SMOKE=1    the same with a few steps of everything (runs/smoke)
 # make test       all tests, on a CPU
+# make real DATA=DIR   a model of 28M parameters on public files (README): shards, base → stable → three branches, losses
 # make bench      the benchmarks: minutes each, figures for the README
 # make lint | clean
 #
@@ -46,6 +47,22 @@ rl-hybrid: hybrid
 $(STARTS:%=rl-%): rl-%:
 	@$(PY) rl.py --branch $* $(FEWRL) $(BESIDE)
 
+# What two CPU cores do in half an hour; on a GPU: make real DATA=DIR BATCH= BASE= STABLE= DECAY=, the preset's own numbers.
+REAL   ?= runs/real
+BATCH  ?= --batch 4 --micro-batch 2
+BASE   ?= --steps 120
+STABLE ?= --steps 240
+DECAY  ?= --steps 80
+SMALL   = $(PY) midtrain.py --preset small --data $(REAL)/data --out $(REAL) --seed $(SEED) --eval-every 40 $(BATCH)
+
+real: $(VENV)/run.ok
+	@test -d "$(DATA)" || { echo "make real needs DATA=DIR, the folder of the public files (README)" >&2; exit 2; }
+	@$(PY) -m data.prepare --data $(DATA) --out $(REAL)/data --seq-len 1024 --vocab-size 8192 --keep-overlaps long_cot
+	@$(SMALL) --branch base $(BASE)
+	@$(SMALL) --branch stable $(STABLE)
+	@for branch in short long hybrid; do $(SMALL) --branch $$branch $(DECAY) || exit $$?; done
+	@$(PY) midtrain.py --report --out $(REAL)
+
 $(VENV)/run.ok: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
@@ -69,4 +86,4 @@ clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: all recipe $(STARTS) $(STARTS:%=rl-%) test bench lint clean
+.PHONY: all recipe real $(STARTS) $(STARTS:%=rl-%) test bench lint clean

@@ -807,6 +807,9 @@ def run_stage(stage: str, args, world: World) -> None:
             signum, last = interrupt.agreed(world), step == settings.steps
             if last or step % args.eval_every == 0:  # before saving: then the rows up to a checkpoint are complete
                 row |= evaluate(model, loader, settings.mixture, args.micro_batch, world, token_bytes)
+            if last:
+                shares = {name: n / (step * args.batch) for name, n in loader.seen(step).items()}
+                row |= {f"share/{name}": share for name, share in shares.items()}
             log.write(row | speed.row())
             if skipped:
                 say(f"[{stage}] step {step} left out: loss {row['loss']}, gradient norm {row['grad_norm']}")
@@ -826,9 +829,63 @@ def run_stage(stage: str, args, world: World) -> None:
                 raise SystemExit(128 + signum)
         if signum := interrupt.agreed(world):  # it came during the last evaluation or save
             raise SystemExit(128 + signum)
-    counts = {name: epochs * size for (name, epochs), size in zip(loader.epochs(settings.steps).items(), loader.sizes)}
-    shares = ", ".join(f"{name} {n / sum(counts.values()):.1%}" for name, n in counts.items())
-    say(f"[{stage}] done: {path}; sequences seen: {shares}")
+    say(f"[{stage}] done: {path}; sequences seen: {', '.join(f'{name} {x:.1%}' for name, x in shares.items())}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def report(out: str) -> None:
+    """A table of the stages in a run folder, and a picture of their losses: out/midtrain.md and out/midtrain.png."""
+    runs = {}
+    for stage in STANDS_ON:
+        if os.path.exists(path := os.path.join(out, stage, "metrics.jsonl")):
+            with open(path) as f:
+                runs[stage] = read_json(os.path.join(out, stage, "config.json")), [json.loads(line) for line in f]
+    if not any(rows for _, rows in runs.values()):
+        raise ValueError(f"no stage has run in {out}")
+    lines = ["| stage | steps | tokens | loss, first steps | last | held out | bits per byte | sequences seen |"]
+    lines.append("|" + "---|" * 8)
+    for stage, (settings, rows) in runs.items():
+        few = max(1, len(rows) // 20)
+        first, last = (sum(row["loss"] for row in part) / few for part in (rows[:few], rows[-few:]))
+        held = next((row for row in reversed(rows) if "val_loss" in row), None)
+        val = f"{held['val_loss']:.3f} | {held['bits_per_byte']:.3f}" if held else "– | –"
+        seen = ", ".join(f"{k[6:]} {v:.1%}" for k, v in rows[-1].items() if k.startswith("share/")) or "not finished"
+        tokens = len(rows) * settings["batch"] * settings["seq_len"]
+        lines.append(f"| {stage} | {len(rows):,} | {tokens:,} | {first:.3f} | {last:.3f} | {val} | {seen} |")
+    text = "\n".join(lines)
+    print(text)
+    with open(os.path.join(out, "midtrain.md"), "w") as f:
+        f.write(text + "\n")
+    draw(os.path.join(out, "midtrain.png"), runs)
+    print(f"wrote {out}/midtrain.md and {out}/midtrain.png")
+
+
+def draw(path: str, runs: dict) -> None:
+    """Training loss (mean of a twentieth of a stage at a time) and held-out loss against tokens; branches side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    end = {}
+    for stage, (settings, rows) in runs.items():
+        begin, each = end.get(STANDS_ON[stage], 0), settings["batch"] * settings["seq_len"] / 1e6
+        end[stage] = begin + len(rows) * each
+        few = max(1, len(rows) // 20)
+        starts = range(0, len(rows) - few + 1, few)
+        means = [sum(row["loss"] for row in rows[i : i + few]) / few for i in starts]
+        (line,) = axes.plot([begin + each * (i + few / 2) for i in starts], means, label=f"{stage}, training")
+        held = [(begin + each * row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        axes.plot(*zip(*held), "o--", color=line.get_color(), alpha=0.6, label=f"{stage}, held out") if held else None
+    axes.set(xlabel="tokens, millions", ylabel="loss, nats a token (each stage on its own mixture)")
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -950,7 +1007,7 @@ def mixture(text: str) -> dict[str, float] | str:
 def parse_arguments():
     """The flags; where one is not given, the preset's number."""
     p = Parser(description=__doc__)
-    p.add_argument("--branch", required=True, choices=STANDS_ON, help="stage to run; what it stands on comes first")
+    p.add_argument("--branch", choices=STANDS_ON, help="stage to run; what it stands on comes first")
     p.add_argument("--preset", default="tiny", choices=RUNS, help="sizes and schedule (default tiny)")
     p.add_argument("--init", metavar="DIR", help="Hugging Face Llama to start from, in place of the base stage")
     p.add_argument("--data", metavar="DIR", help="prepared shards (python -m data.prepare); tiny generates its own")
@@ -985,9 +1042,12 @@ def parse_arguments():
     p.add_argument("--compile", action="store_true", help="torch.compile each block: pays on a GPU, after a slow start")
     p.add_argument("--activation-checkpointing", action="store_true", help="recompute them: less memory, 1/3 slower")
     p.add_argument("--plan", action="store_true", help="print size, cost and memory of the stage, and stop")
+    p.add_argument("--report", action="store_true", help="table and picture of the stages in --out, and stop")
     p.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the GPUs' peak that --plan counts on")
     with contextlib.redirect_stderr(sys.stderr if is_first() else io.StringIO()):
         args = p.parse_args()
+    if not args.branch and not args.report:
+        raise ValueError(f"--branch is needed: one of {', '.join(STANDS_ON)}")
     run = RUNS[args.preset]
     args.out = args.out or f"runs/{args.preset}"
     for name in ("batch", "micro_batch", "seq_len", "save_every", "eval_every", "log_every"):
@@ -1005,6 +1065,8 @@ def parse_arguments():
 def main() -> None:
     with one_voice():
         args = parse_arguments()
+        if args.report:
+            return report(args.out)
         if args.plan:
             return show_plan(args)
         world = setup(args.threads)

@@ -80,12 +80,12 @@ class Loader:
         source = shuffled[row, position % size]  # (n,)
         return source, position // size * self.counts[source] + before[row, position % size]
 
-    def epochs(self, step: int) -> dict[str, float]:
-        """How often each source has been seen when `step` steps are done."""
+    def seen(self, step: int) -> dict[str, int]:
+        """How many sequences of each source came up in the first `step` steps."""
         blocks, rest = divmod(step * self.batch_size, int(self.counts.sum()))
         source, _ = self._mix(blocks * self.counts.sum() + np.arange(rest))
         seen = blocks * self.counts + np.bincount(source, minlength=len(self.counts))
-        return dict(zip(self.names, (seen / self.sizes).tolist(), strict=True))
+        return dict(zip(self.names, seen.tolist(), strict=True))
 
     def validation(self, batches: int, rank: int = 0, world: int = 1) -> Iterator[tuple[str, Batch]]:
         """(source, batch) over the beginning of each source's held-out shard, at most `batches` for each source.

@@ -62,6 +62,7 @@ class Source(NamedTuple):
     max_tokens: int | None  # of training; None: all
     val_every: int = VAL_EVERY
     unique: bool = True  # drop what came before
+    guarded: bool = True  # and what contains a benchmark's problem
     size: int = 0
 
 
@@ -165,8 +166,8 @@ def _start_worker(folder: str, problems: list[str]) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent says nothing
 
 
-def _work(path: Path, texts: list[str | None]) -> None:
-    write_part(path, texts, **_worker)
+def _work(path: Path, texts: list[str | None], guarded: bool) -> None:
+    write_part(path, texts, _worker["tok"], _worker["grams"] if guarded else Grams())
 
 
 def _parts(source: Source, folder: Path, tok: Tokenizer, grams: Grams, pool: Executor | None, workers: int, count):
@@ -180,7 +181,8 @@ def _parts(source: Source, folder: Path, tok: Tokenizer, grams: Grams, pool: Exe
     try:
         for number, texts in enumerate(_slices(source.read(rows, count)), start=number):  # noqa: B020
             path = folder / f"{number:06d}.npz"
-            waiting.append((path, pool.submit(_work, path, texts) if pool else write_part(path, texts, tok, grams)))
+            work = pool.submit(_work, path, texts, source.guarded) if pool else write_part(path, texts, tok, grams)
+            waiting.append((path, work))
             while len(waiting) > 2 * workers or (waiting and not pool):
                 yield _finished(*waiting.popleft())
         while waiting:
@@ -247,6 +249,9 @@ def _documents(chosen: list, split: int) -> Iterator[np.ndarray]:
             yield tokens[ends[i - 1] if i else 0 : ends[i]]
 
 
+_MARKED_HINT = " (rows that are marked as answers to a benchmark do not count: --keep-overlaps keeps them)"
+
+
 def _prepare_source(name: str, source: Source, out: Path, tok: Tokenizer, grams: Grams, pool, workers, seq_len) -> dict:
     """Both shards of a source; returns its entry in the index."""
     folder, read = out / f"{name}.parts", [0]
@@ -297,7 +302,9 @@ def prepare(
     else:
         for name, source in sources.items():  # before the hours of work, not after them
             if len(list(islice(filter(None, source.read(0, lambda _: None)), 2))) < 2:
-                raise ValueError(f"source {name!r} has fewer than two documents: leave it out, or give it more")
+                raise ValueError(
+                    f"source {name!r} has fewer than two documents: leave it out, or give it more{_MARKED_HINT}"
+                )
         tok = make_tokenizer()
         out.mkdir(parents=True, exist_ok=True)
         tok.save(out / tokenizer.FILE_NAME)
@@ -306,7 +313,8 @@ def prepare(
     with _workers(workers, out, problems) as pool:
         grams = Grams(problems)
         for name in [name for name in sources if name not in index["sources"]]:
-            entry = _prepare_source(name, sources[name], out, tok, grams, pool, workers, seq_len)
+            guards = grams if sources[name].guarded else Grams()
+            entry = _prepare_source(name, sources[name], out, tok, guards, pool, workers, seq_len)
             index["sources"][name] = entry
             _write_json(out / "unfinished.json", index)
             shutil.rmtree(out / f"{name}.parts")
@@ -459,7 +467,8 @@ def real_source(corpus: recipes.Corpus, folder: Path, max_tokens: int | None, ke
         return documents(corpus, folder, keep_overlaps, skip, count)
 
     plain = [path for path in corpus_files(corpus, folder) if path.suffix != ".parquet"]
-    return Source(recipes.kind(corpus), read, max_tokens, size=sum(_size(path) for path in plain))
+    size = sum(_size(path) for path in plain)
+    return Source(recipes.kind(corpus), read, max_tokens, guarded=not keep_overlaps, size=size)
 
 
 def _size(path: Path) -> int:
@@ -542,8 +551,10 @@ def parse_arguments():
         "default: gsm8k/test, math/test and eval/* of --data",
     )  # fmt: skip
     parser.add_argument(
-        "--keep-overlaps", action="store_true", help="keep what contains or answers problems of a benchmark"
-    )
+        "--keep-overlaps", nargs="?", const="all", default="", metavar="SOURCES",
+        help="keep what contains or answers problems of a benchmark, in these sources or all: then leave those problems out "
+        "of the evaluation",
+    )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="processes that tokenise (default: all cores)"
     )
@@ -557,7 +568,8 @@ def parse_arguments():
         parser.error("--data DIR is needed: the folder of the public files (README)")
     corpora = dict(args.source) if args.source else recipes.CORPORA[args.world]
     names = args.sources.split(",") if args.sources else list(corpora)
-    for name in [*names, *filter(None, args.max_tokens)]:
+    kept = [] if args.keep_overlaps in ("", "all") else args.keep_overlaps.split(",")
+    for name in [*names, *kept, *filter(None, args.max_tokens)]:
         if name not in corpora:
             parser.error(f"unknown source {name!r} (valid: {', '.join(corpora)})")
     return args, {name: corpora[name] for name in names}
@@ -566,15 +578,16 @@ def parse_arguments():
 def main() -> None:
     args, corpora = parse_arguments()
     budgets = {name: args.max_tokens.get(name, args.max_tokens.get("")) for name in corpora}
-    folder, keep = args.data or Path(), args.keep_overlaps
-    sources = {name: real_source(corpus, folder, budgets[name], keep) for name, corpus in corpora.items()}
-    benchmarks = {} if keep else benchmark_problems(args.against, args.data)
+    folder, kept = args.data or Path(), corpora if args.keep_overlaps == "all" else args.keep_overlaps.split(",")
+    sources = {name: real_source(corpus, folder, budgets[name], name in kept) for name, corpus in corpora.items()}
+    benchmarks = benchmark_problems(args.against, args.data)
     problems = [problem for rows in benchmarks.values() for problem in rows]
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else None
     settings = {
         "world": args.world if not args.source else "own",
         "sources": {name: list(corpus) for name, corpus in corpora.items()},
-        "bytes": {name: source.size for name, source in sources.items()}, "max_tokens": budgets, "keep_overlaps": keep,
+        "bytes": {name: source.size for name, source in sources.items()}, "max_tokens": budgets,
+        "keep_overlaps": sorted(set(kept) & set(corpora)),
         "against": hashlib.sha256("\0".join(problems).encode()).hexdigest()[:16] if problems else None,
         "tokenizer": tok.hash if tok else f"trained, {args.vocab_size} words",
     }  # fmt: skip

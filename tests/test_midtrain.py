@@ -765,6 +765,23 @@ def test_skipped_steps_in_a_row_are_counted_through_a_restart(train, tmp_path, m
         train(tmp_path, "--branch", "base", "--steps", "9")
 
 
+def test_report_of_stages(train, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    train(tmp_path, "--branch", "short", "--eval-every", "2")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--report", "--out", str(tmp_path)])
+    midtrain.main()
+    table = (tmp_path / "midtrain.md").read_text().splitlines()
+    assert table == capsys.readouterr().out.splitlines()[:-1] and len(table) == 5
+    last = rows(tmp_path / "short")[-1]
+    assert f"| short | 4 | 2,048 | {rows(tmp_path / 'short')[0]['loss']:.3f} | {last['loss']:.3f} |" in table[-1]
+    assert f"| {last['bits_per_byte']:.3f} | web " in table[-1] and (tmp_path / "midtrain.png").stat().st_size > 9000
+    assert sum(value for key, value in last.items() if key.startswith("share/")) == pytest.approx(1)
+    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--report", "--out", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="no stage has run in"):
+        midtrain.main()
+
+
 def test_plan_needs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "stable", "--preset", "8b", "--plan"])
     midtrain.main()
@@ -774,8 +791,8 @@ def test_plan_needs_nothing(monkeypatch, capsys):
 
 
 MEASURE = f"""
-import resource, sys; sys.path[:0] = [{str(ROOT)!r}]
-import dataclasses, torch, midtrain, model
+import dataclasses, re, sys; sys.path[:0] = [{str(ROOT)!r}]
+import torch, midtrain, model
 from data.loader import Batch
 torch.set_num_threads(1)
 args = midtrain.argparse.Namespace(batch=4, micro_batch=4, seq_len=256, replicate=1)
@@ -788,7 +805,7 @@ def train(config, B, T):
     zeros = torch.zeros(B, T, dtype=torch.int64)
     for _ in range(2):
         midtrain.train_step(llama, optimizer, Batch(zeros, zeros + 1, zeros, zeros[:, 0]), ("web",), B, midtrain.World())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return 1024 * int(re.search("VmHWM:\\\\s*(\\\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss knows the parent's
 
 before = train(model.LlamaConfig(300, 1, 64, 4, 2, 16, 64), 1, 64)
 config = dataclasses.replace(model.PRESETS["small"], vocab_size=4096, num_layers=6)
