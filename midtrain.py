@@ -916,8 +916,8 @@ def is_finished(stage_dir: str) -> bool:
 def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, kernels: bool) -> dict[str, float]:
     """Bytes of one rank by part, and at the peak. kernels: as on a GPU; without them a CPU keeps other things.
 
-    The peak is at the end of a micro-batch's forward pass, when gradients exist only if an earlier one left them; with
-    recomputation it may come when the first block is computed again. bench_training.py measures how true this is.
+    The peak is at the end of a micro-batch's forward pass, when gradients exist only if an earlier one left them, or in the
+    last block of the backward pass, when nearly all of them do. A test measures how true this is.
     """
     n, share = config.num_params(), args.replicate / ranks
     root = config.num_params() - config.num_layers * (block := block_params(config))
@@ -933,15 +933,17 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, kernels: bool
         logits = 8 * min(tokens * config.vocab_size, LOGITS_BUDGET)
     layer = tokens * (layer + 4 * c * i)  # SwiGLU: gate, silu(gate), up, their product
     kept = tokens * (4 + c) * h + (config.num_layers * (tokens * 2 * c * h if args.activation_checkpointing else layer))
-    again = (
-        layer + 4 * c * i * tokens if args.activation_checkpointing else 0
-    )  # a block, and the gradients inside its MLP
-    gathered = c * (root + 2 * block) + (c + 4) * block if ranks > 1 else c * n * (dtype == "bf16")
+    last = layer + 4 * c * i * tokens  # of one block, with the gradients inside its MLP
+    if ranks > 1:  # the embedding and two blocks at a time, and a block's gradients as they are computed and summed
+        gathered = c * (root + 2 * block) + (c + 4) * block
+    else:  # copies in bf16, which the backward pass needs again
+        gathered = c * (root + block if args.activation_checkpointing else n) * (dtype == "bf16")
     parts = {"parameters": 4 * n * share, "gradients": 4 * n * share, "optimizer": 8 * n * share}
     parts |= {"weights to compute with": gathered, "activations": kept, "logits": logits}
     early = parts["gradients"] if tokens * ranks < args.batch * args.seq_len else 0
     fixed = parts["parameters"] + parts["optimizer"] + gathered
-    return parts | {"peak": fixed + max(kept + max(logits, again) + early, parts["gradients"])}
+    last += max(parts["gradients"], kept if args.activation_checkpointing else 0)
+    return parts | {"peak": fixed + max(kept + logits + early, last)}
 
 
 def block_params(config: LlamaConfig) -> int:
