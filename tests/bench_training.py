@@ -2,8 +2,10 @@
 
     python tests/bench_training.py [rounds]
 
-The same weights, batches, schedule and clipping; a row is one document, as transformers has no packing. CPU seconds, arms
-interleaved, the median of the rounds. Loss: the mean over the last half of the steps, the same batches in each arm.
+The same weights, batches, schedule and clipping, in two layouts: a row is one document, which transformers' attention knows
+without a mask; and rows packed with documents, as midtrain.py trains, which it is given as a mask and positions. CPU
+seconds, arms interleaved, the median of the rounds. Loss: the mean over the last half of the steps, the same batches in
+each arm.
 """
 
 import platform
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import midtrain
 from data import prepare, recipes
 from data.loader import Batch, Loader
-from model import PRESETS, Llama
+from model import PRESETS, Llama, document_mask
 
 SHAPES = {  # name: (configuration, rows a step, tokens a row)
     "tiny, 0.9M": (PRESETS["tiny"], 8, 256),
@@ -55,7 +57,11 @@ def theirs(folder: str):
 
     def step(batch: Batch) -> float:
         labels = batch.targets.masked_fill(batch.targets < 0, -100)
-        loss = model(batch.tokens, shift_labels=labels, labels=labels, use_cache=False).loss
+        packed = {}
+        if batch.doc_start.any():
+            packed["attention_mask"] = document_mask(batch.doc_start, torch.float32)
+            packed["position_ids"] = torch.arange(batch.tokens.shape[1]) - batch.doc_start
+        loss = model(batch.tokens, shift_labels=labels, labels=labels, use_cache=False, **packed).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), midtrain.GRAD_CLIP)
         optimizer.step()
@@ -65,7 +71,7 @@ def theirs(folder: str):
     return step
 
 
-def race(name: str, config, rows: int, T: int, loader: Loader, rounds: int) -> None:
+def race(name: str, config, rows: int, T: int, loader: Loader, rounds: int, packed: bool) -> None:
     model = Llama(config).init_weights(0)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -80,14 +86,16 @@ def race(name: str, config, rows: int, T: int, loader: Loader, rounds: int) -> N
             start = time.process_time()
             for j in range(4):
                 batch = loader.batch(4 * i + j)
-                batch = batch._replace(doc_start=torch.zeros_like(batch.doc_start))
+                if not packed:
+                    batch = batch._replace(doc_start=torch.zeros_like(batch.doc_start))
                 losses[arm].append(step(batch))
             seconds[arm] += [time.process_time() - start] if i else []
     base = statistics.median(seconds["transformers, fp32"])
     for arm in arms:
         median, tail = statistics.median(seconds[arm]), losses[arm][len(losses[arm]) // 2 :]
+        layout = "packed" if packed else "a document a row"
         print(
-            f"{name}, {arm:20} {4 * rows * T / median:8,.0f} tokens/s, {base / median:.2f} times transformers'; "
+            f"{name}, {layout}, {arm:20} {4 * rows * T / median:8,.0f} tokens/s, {base / median:.2f} times transformers'; "
             f"loss {sum(tail) / len(tail):.4f}",
             flush=True,
         )
@@ -117,7 +125,8 @@ def main() -> None:
         loading(folder)
         for name, (config, rows, T) in SHAPES.items():
             loader = Loader(folder, {"web": 1.0}, T, rows)
-            race(name, config, rows, T, loader, rounds)
+            for packed in (False, True):
+                race(name, config, rows, T, loader, rounds, packed)
 
 
 if __name__ == "__main__":
