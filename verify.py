@@ -37,14 +37,15 @@ The conventions, where people may differ:
     text              letters count, case does not (for words); a choice "C) 12" is "C"
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
-import sys
 import time
 import unicodedata
+from collections.abc import Iterable
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow, localcontext
 from fractions import Fraction
 
@@ -1224,89 +1225,207 @@ def wilson(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def evaluate(sampler, problems, template, max_new_tokens, n=1, temperature=0.0, seed=0, stop=None) -> dict:
-    """Sample n answers to each problem and grade them as the reward does: by their last box, zero-shot.
+def is_right(answer: str | None, row: dict) -> bool:
+    """Whether an answer is equivalent to row["answer"]; where options are listed (MMLU, SAT, MathQA), their letter or the
+    text of the right one, if it is no other one's."""
+    if answer is None or is_equivalent(answer, row["answer"]):
+        return answer is not None
+    from data.benchmarks import options
 
-    problems: dicts with "problem" and "answer"; template: question → prompt text; stop: as in Sampler.generate, None
-    for end-of-text and the strings at which a base model starts the next question. Returns metrics() and "rows".
+    texts = options(row)
+    if not texts or is_letter(answer):
+        return False
+    return [letter for letter, text in texts.items() if is_equivalent(answer, text)] == [row["answer"]]
+
+
+def is_letter(answer: str) -> bool:
+    return re.fullmatch(r"\W*(text\W*)?[A-H]\W*", answer) is not None
+
+
+def evaluate(
+    sampler, problems, prompt, max_new_tokens, n=1, temperature=0.0, seed=0, stop=None, box_only=True, ids=None
+) -> list[dict]:
+    """Sample n answers to each problem and grade them → n rows a problem, in order.
+
+    problems: dicts with "problem" and "answer"; prompt: question → prompt text; box_only: as the reward does, by the last
+    box; ids: the problems' numbers, which decide the random numbers; stop: as in Sampler.generate, None for end-of-text
+    and the strings at which a base model starts the next question.
     """
     from data.prompts import STOP
 
     tokenizer = sampler.tokenizer
     completions = sampler.generate(
-        [tokenizer.encode(template(problem["problem"])) for problem in problems], n=n, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed, stop=(*tokenizer.stop_ids, *STOP) if stop is None else stop)  # fmt: skip
+        [tokenizer.encode(prompt(problem["problem"])) for problem in problems], n=n, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed, stop=(*tokenizer.stop_ids, *STOP) if stop is None else stop,
+        request_ids=ids)  # fmt: skip
     rows = []
-    for problem, group in zip(problems, completions):
+    for number, (problem, group) in enumerate(zip(problems, completions)):
         for completion in group:
-            answer = extract_answer(completion.text, box_only=True)
-            correct = answer is not None and is_equivalent(answer, problem["answer"])
+            answer = extract_answer(completion.text, box_only=box_only)
             rows.append({
-                "problem": problem["problem"], "gold": problem["answer"], "response": completion.text, "answer": answer,
-                "correct": correct, "tokens": len(completion.tokens), "truncated": completion.finish_reason == "length",
+                "item": number if ids is None else ids[number], "problem": problem["problem"], "gold": problem["answer"],
+                "response": completion.text, "answer": answer, "correct": is_right(answer, problem),
+                "tokens": len(completion.tokens), "truncated": completion.finish_reason == "length",
             })  # fmt: skip
-    return {**metrics(rows, n), "rows": rows}
-
-
-def metrics(rows: list[dict], n: int = 1) -> dict:
-    """Of n rows an item. The interval counts items, not samples: samples of one item are not independent."""
-    items = len(rows) // n
-
-    def mean(key: str, of: list[dict]) -> float:
-        return sum(row[key] for row in of) / len(of) if of else 0.0
-
-    accuracy = mean("correct", rows)
-    low, high = wilson(accuracy * items, items)
-    return {
-        "items": items, "accuracy": accuracy, "low": low, "high": high, "length": mean("tokens", rows),
-        "length_correct": mean("tokens", [row for row in rows if row["correct"]]),
-        "truncated": mean("truncated", rows),
-        "no_answer": sum(row["answer"] is None for row in rows) / max(1, len(rows)),
-    }  # fmt: skip
-
-
-def bench_problems(name: str, folder: str | None, limit: int | None, seed: int) -> list[dict]:
-    """Held-out problems of the generated world, or a file of public data: {problem, answer} a line."""
-    if name == "synth":
-        from data import synth
-
-        return synth.problems("test", limit or 500, seed)
-    if folder is None:
-        raise ValueError(f"benchmark {name!r} is read from files: give their folder by --data (synth needs none)")
-    path = os.path.join(folder, f"{name}/test.jsonl" if name in ("gsm8k", "math") else f"eval/{name}.jsonl")
-    rows = [row for _, row in zip(range(limit or sys.maxsize), read_rows(path, (("problem", "answer"),)))]
-    if not rows:
-        raise ValueError(f"{path} has no rows")
     return rows
 
 
+def metrics(rows: list[dict], n: int = 1) -> dict:
+    """Of n rows an item. The interval counts items, not samples: samples of one item are not independent.
+
+    pass: {k: share of items that one of k samples solves}, for k = 1, 2, 4, … n, without bias (Chen et al. 2021, eq. 1);
+    majority: share of items whose most frequent answer is right.
+    """
+    groups = [rows[i : i + n] for i in range(0, len(rows), n)]
+    right = [sum(row["correct"] for row in group) for group in groups]
+
+    def mean(values: Iterable[float]) -> float:
+        values = list(values)
+        return sum(values) / len(values) if values else 0.0
+
+    accuracy = mean(row["correct"] for row in rows)
+    low, high = wilson(accuracy * len(groups), len(groups))
+    powers = sorted({*(1 << i for i in range(n.bit_length())), n})
+    return {
+        "items": len(groups), "accuracy": accuracy, "low": low, "high": high,
+        "length": mean(row["tokens"] for row in rows),
+        "length_correct": mean(row["tokens"] for row in rows if row["correct"]),
+        "truncated": mean(row["truncated"] for row in rows),
+        "no_answer": mean(row["answer"] is None for row in rows),
+        "pass": {k: mean(pass_at_k(n, c, k) for c in right) for k in powers},
+        "majority": mean(majority(group) for group in groups),
+    }  # fmt: skip
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Chance that k of n samples, `correct` of which are right, hold a right one: 1 - C(n - correct, k) / C(n, k)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(group: list[dict]) -> bool:
+    """Whether the answer that most samples give is right; among equally frequent ones the first. Equivalent answers are one;
+    none is no answer."""
+    found: list[list] = []  # [an answer, how often, right?]
+    for row in group:
+        if row["answer"] is not None:
+            same = next((entry for entry in found if is_equivalent(row["answer"], entry[0])), None)
+            if same is None:
+                found.append(same := [row["answer"], 0, row["correct"]])
+            same[1] += 1
+    return max(found, key=lambda entry: entry[1])[2] if found else False
+
+
 def run_benches(args) -> None:
+    """Every benchmark in turn: its items, those that are not answered yet, spread over the ranks that torchrun started."""
     from tqdm import tqdm
 
-    from data import prompts
+    from data import benchmarks
 
-    suites = {name: bench_problems(name, args.data, args.limit, args.seed) for name in args.bench.split(",")}
+    names = list(benchmarks.PAPER) if args.bench == "paper" else args.bench.split(",")
+    if not os.path.isdir(args.ckpt):  # before anything is fetched
+        raise FileNotFoundError(f"{args.ckpt}: no such folder")
+    suites = {name: benchmarks.read(name, args.data, args.limit, args.seed) for name in names}
+    for name in names:  # too many shots are an error before the model is loaded
+        benchmarks.prompt(name, "", args.shots, args.template)
     import torch  # after the files were found: it takes a second
 
-    from sample import Sampler, load
+    import midtrain
+    from sample import Sampler, find_checkpoint, load
 
-    sampler = Sampler(*load(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu"))
-    print(f"{'bench':15}{'items':>6}{'accuracy':>10}{'95% interval':>15}{'length':>8}{'correct':>8}"
-          f"{'truncated':>11}{'no answer':>11}")  # fmt: skip
-    all_rows = []
+    world = midtrain.setup()
+    folder, out = find_checkpoint(args.ckpt), args.out or os.path.join(args.ckpt, "bench")
+    sampler, table = Sampler(*load(args.ckpt, str(world.device))), []
     for name, problems in suites.items():
-        rows, step = [], 4 * sampler.slots
-        for start in tqdm(range(0, len(problems), step), desc=name, disable=None):
-            part = evaluate(
-                sampler, problems[start : start + step], prompts.TEMPLATES[args.template], args.max_new_tokens,
-                n=args.n, temperature=args.temperature, seed=args.seed + start)  # fmt: skip
-            rows += part["rows"]
-        m = metrics(rows, args.n)
-        print(f"{name:15}{m['items']:6}{m['accuracy']:10.1%}{m['low']:8.1%}–{m['high']:6.1%}{m['length']:8.0f}"
-              f"{m['length_correct']:8.0f}{m['truncated']:11.1%}{m['no_answer']:11.1%}")  # fmt: skip
-        all_rows += [{"bench": name, **row} for row in rows]
-    if args.out:
-        write_rows(args.out, all_rows)
+        for warning in benchmarks.seen_in_training(os.path.dirname(os.path.dirname(folder)), name, problems):
+            midtrain.say(f"warning: {warning}")
+        settings = {
+            "checkpoint": os.path.realpath(folder), "weights": os.path.getmtime(os.path.join(folder, "config.json")),
+            "items": len(problems), "limit": args.limit, "template": args.template, "shots": args.shots, "n": args.n,
+            "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+        }  # fmt: skip
+        done = midtrain.on_first_rank(lambda: open_results(out, name, settings, args.n))  # noqa: B023
+        mine = [i for i in range(len(problems)) if i not in done][world.rank :: world.size]
+        step, path = 4 * sampler.slots, os.path.join(out, f"{name}.{world.rank}.part")
+        with open(path, "a", encoding="utf-8") as file:
+            for start in tqdm(range(0, len(mine), step), desc=name, disable=None if world.rank == 0 else True):
+                ids = mine[start : start + step]
+                rows = evaluate(
+                    sampler, [problems[i] for i in ids],
+                    lambda question: benchmarks.prompt(name, question, args.shots, args.template),  # noqa: B023
+                    args.max_new_tokens, args.n, args.temperature, args.seed, box_only=args.shots == 0, ids=ids)  # fmt: skip
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.flush()
+        midtrain.all_sum(torch.zeros(1, device=world.device), world)  # everybody is done
+        table.append((name, midtrain.on_first_rank(lambda: finish_results(out, name, args.n))))  # noqa: B023
+    midtrain.say(as_table(table, args.n))
+    midtrain.say(f"responses: {os.path.join(out, '*.jsonl')}")
+
+
+def open_results(out: str, name: str, settings: dict, n: int) -> set[int]:
+    """The items that a run with the same settings has answered; ValueError if the folder holds another run's."""
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, f"{name}.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            before = json.load(file)
+        if changed := [
+            f"{key} {before.get(key)} → {settings[key]}" for key in settings if before.get(key) != settings[key]
+        ]:
+            raise ValueError(f"{path} is of a run with other settings ({'; '.join(changed)}): use another --out")
+    with open(f"{path}.tmp", "w") as file:
+        json.dump(settings, file, indent=1)
+    os.replace(f"{path}.tmp", path)
+    finish_results(out, name, n)  # what the ranks of a run that was killed have left
+    with open(os.path.join(out, f"{name}.jsonl"), encoding="utf-8") as file:
+        return {json.loads(line)["item"] for line in file}
+
+
+def finish_results(out: str, name: str, n: int) -> dict:
+    """Merge what the ranks wrote into NAME.jsonl, sorted by item; rows of an item that is not complete are dropped."""
+    path = os.path.join(out, f"{name}.jsonl")
+    parts = [os.path.join(out, part) for part in os.listdir(out) if re.fullmatch(rf"{name}\.\d+\.part", part)]
+    items: dict[int, list[dict]] = {}
+    for source in [path, *parts]:
+        if os.path.exists(source):
+            with open(source, encoding="utf-8") as file:
+                for line in file:
+                    with contextlib.suppress(ValueError):  # the last line of a process that was killed
+                        row = json.loads(line)
+                        items.setdefault(row["item"], []).append(row)
+    rows = [row for item in sorted(items) if len(items[item]) >= n for row in items[item][:n]]
+    write_rows(path, rows)
+    for part in parts:
+        os.remove(part)
+    return metrics(rows, n)
+
+
+def as_table(table: list[tuple[str, dict]], n: int) -> str:
+    """Markdown, to be pasted into a paper."""
+    several = [f"pass@{k}" for k in table[0][1]["pass"]][1:] + [f"maj@{n}"] if n > 1 else []
+    head = [
+        "benchmark",
+        "items",
+        "accuracy",
+        "95% interval",
+        *several,
+        "length",
+        "of right ones",
+        "truncated",
+        "no answer",
+    ]
+    rows = []
+    for name, m in table:
+        more = [f"{100 * x:.1f}" for x in (*list(m["pass"].values())[1:], m["majority"])] if n > 1 else []
+        rows.append([
+            name, f"{m['items']:,}", f"{100 * m['accuracy']:.1f}", f"{100 * m['low']:.1f}–{100 * m['high']:.1f}", *more,
+            f"{m['length']:.0f}", f"{m['length_correct']:.0f}", f"{m['truncated']:.1%}", f"{m['no_answer']:.1%}",
+        ])  # fmt: skip
+    if len(rows) > 1:
+        mean = sum(m["accuracy"] for _, m in table) / len(table)
+        rows.append(["mean", "", f"{100 * mean:.1f}", *[""] * (len(head) - 3)])
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1368,21 +1487,37 @@ def grade(args) -> None:
           f"{none / len(out):.2%} without an answer, {len(out) / seconds:,.0f} rows/s")  # fmt: skip
 
 
+def shots(text: str) -> int | None:
+    """ "4" → 4; "paper" → None"""
+    if text != "paper" and not text.isdecimal():
+        import argparse
+
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, nor paper")
+    return None if text == "paper" else int(text)
+
+
 def main() -> None:
     from data import Parser as Arguments
-    from data import prompts
+    from data import benchmarks, prompts
 
     parser = Arguments(description=__doc__[: __doc__.index("\n\nReward")])
     parser.add_argument("--grade", metavar="FILE", help=(
         'grade a file of JSON lines: rows {"response", "gold"}, or the public data format {"problem", "answer", '
         '"solution"}, whose solution is graded against its answer (GSM8K: "#### 72", MATH: a box)'))  # fmt: skip
-    parser.add_argument("--out", metavar="FILE", help='write the rows here, with "answer" and "correct" added')
+    parser.add_argument("--out", metavar="PATH", help=(
+        '--grade: a file for the rows, with "answer" and "correct" added; --ckpt: a folder for all responses, where '
+        "the same command goes on (default CKPT/bench)"))  # fmt: skip
     parser.add_argument("--ckpt", metavar="DIR", help="evaluate this checkpoint: one of ours or a Hugging Face Llama")
     parser.add_argument("--bench", metavar="NAME[,NAME]", default="synth", help=(
-        "synth (generated), gsm8k, math, or NAME for DIR/eval/NAME.jsonl (default: %(default)s)"))  # fmt: skip
-    parser.add_argument("--data", metavar="DIR", help="public data: gsm8k/test.jsonl, math/test.jsonl, eval/*.jsonl")
+        f"{', '.join(benchmarks.BENCHMARKS)}; paper for its thirteen (default: synth, the generated world)"))  # fmt: skip
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of the public files; without it, from the Hugging Face hub"
+    )
+    parser.add_argument("--shots", type=shots, default=0, metavar="N", help=(
+        "solved examples first; paper: as many as there; 0 (default): the last box counts, as in RL"))  # fmt: skip
     parser.add_argument("--template", choices=prompts.TEMPLATES, default="simple", help="(default: %(default)s)")
-    parser.add_argument("--n", type=int, default=1, help="answers to each problem; with more than 1, set --temperature")
+    parser.add_argument("--n", "--samples", type=int, default=1, metavar="K", help=(
+        "answers to each problem, with --temperature: pass@k, maj@k (under torchrun: --samples)"))  # fmt: skip
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest response (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems (synth: how many, default 500)")
@@ -1395,7 +1530,12 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {number}")
     if args.n > 1 and args.temperature <= 0:
         parser.error("--n greater than 1 needs --temperature above 0: greedy answers are all the same")
-    grade(args) if args.grade else run_benches(args)
+    if args.grade:
+        return grade(args)
+    from midtrain import one_voice
+
+    with one_voice():
+        run_benches(args)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_prompts():
     assert text.startswith("A conversation between User and Assistant. The user asks a question, and the Assistant ")
     assert "provides the user with the answer. User: You must put your answer inside \\boxed{} and Your" in text
     assert text.endswith("will be extracted automatically by the \\boxed{} tag.\n1+1?\nAssistant:")
-    shots = prompts.few_shot([{"problem": "2+2?", "solution": "4"}] * 2, "1+1?", "simple")
+    shots = prompts.few_shot([("2+2?", "4")] * 2, "1+1?", "simple")
     assert shots == "Question:\n2+2?\nAnswer:\n4\n\n" * 2 + "Question:\n1+1?\nAnswer:\n"
     assert all(word in prompts.TEMPLATES["simple"]("") + text for word in prompts.STOP)
 

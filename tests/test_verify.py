@@ -1,5 +1,6 @@
 """verify.py: what is equal and what is not, which answer a response gives, hostile input, the command line."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import verify
+from data import benchmarks, prompts
 from verify import extract_answer, is_equivalent, reward, wilson
 
 ROOT = Path(__file__).parent.parent
@@ -257,7 +259,7 @@ class StubSampler:
     def __init__(self):
         self.tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()), stop_ids=(0,))
 
-    def generate(self, prompts, n=1, max_new_tokens=None, temperature=None, seed=None, stop=None):
+    def generate(self, prompts, n=1, max_new_tokens=None, temperature=None, seed=None, stop=None, request_ids=None):
         self.called = {"prompts": prompts, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
         out = []
         for prompt in prompts:
@@ -270,13 +272,152 @@ class StubSampler:
 def test_evaluate_counts_samples_items_and_lengths():
     sampler = StubSampler()
     problems = [{"problem": f"Q{k}", "answer": str(k) if k < 4 else "0"} for k in (1, 2, 3, 4)]
-    result = verify.evaluate(sampler, problems, lambda question: f"<{question}>", 50, n=2, temperature=1.0, seed=5)
-    assert [row["correct"] for row in result["rows"]] == [True] * 4 + [False] * 4
+    rows = verify.evaluate(sampler, problems, lambda question: f"<{question}>", 50, n=2, temperature=1.0, seed=5)
+    assert [row["correct"] for row in rows] == [True] * 4 + [False] * 4
+    result = verify.metrics(rows, 2)
     assert (result["items"], result["accuracy"], result["truncated"], result["no_answer"]) == (4, 0.5, 0.25, 0.25)
     assert result["length_correct"] == len(r"It is \boxed{1}.") < result["length"]
     assert (result["low"], result["high"]) == wilson(2, 4)
+    assert result["pass"] == {1: 0.5, 2: 0.5} and result["majority"] == 0.5
     assert bytes(sampler.called["prompts"][0]) == b"<Q1>" and sampler.called["seed"] == 5
     assert sampler.called["stop"] == (0, "User:", "Assistant:", "Question:", "Answer:")
+
+
+@given(st.integers(1, 7), st.data())
+def test_pass_at_k_is_the_mean_over_all_choices(n, data):
+    right = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    k = data.draw(st.integers(1, n))
+    choices = list(itertools.combinations(right, k))
+    assert verify.pass_at_k(n, sum(right), k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+@pytest.mark.parametrize(
+    "answers, right",
+    [("1/2 0.5 3", True), ("3 1/2 3", False), ("3 1/2", False), ("1/2 3", True), ("- - 0.5 -", True), ("- -", False)],
+)
+def test_majority_counts_equivalent_answers_together(answers, right):
+    rows = [{"answer": None if a == "-" else a, "correct": a in ("1/2", "0.5")} for a in answers.split()]
+    assert verify.majority(rows) == right
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [("B", True), ("(B)", True), (r"\text{B}", True), ("4", True), ("4.0", True), ("C", False), ("2", False), ("(A)", False),
+     ("5", False), (None, False), ("0", False)],
+)  # fmt: skip
+def test_options_are_right_by_letter_and_by_text(answer, right):
+    question = (
+        "How many?\nWhat of the following is the right choice? Explain your answer.\n(A) 0, (B) 4, (C) 2, (D) 0.0"
+    )
+    assert verify.is_right(answer, {"problem": question, "answer": "B"}) == right
+    assert verify.is_right(answer, {"problem": "How many?", "answer": "B", "choices": ["0", "4", "2", "0.0"]}) == right
+    assert not verify.is_right("0", {"problem": question, "answer": "A"}), "two options say 0"
+
+
+def test_benchmarks_have_prompts_in_their_style():
+    assert len(benchmarks.PAPER) == 13 and set(benchmarks.PAPER) <= set(benchmarks.BENCHMARKS)
+    for name, bench in benchmarks.BENCHMARKS.items():
+        text = benchmarks.prompt(name, "What is 1+1?", None, "simple")
+        assert text.count("Question:\n") == text.count("boxed{") + 1 == bench.count + 1
+        assert text.endswith("Question:\nWhat is 1+1?\nAnswer:\n")
+    assert benchmarks.prompt("math", "1+1?", 0, "complex") == prompts.complex("1+1?")
+    with pytest.raises(ValueError, match="4 solved examples in the style of math, not 5"):
+        benchmarks.prompt("math", "1+1?", 5, "simple")
+    for examples in prompts.SHOTS.values():
+        for problem, solution in examples:
+            assert extract_answer(solution, box_only=True) and not any(
+                word in problem + solution for word in prompts.STOP
+            )
+
+
+def test_hub_rows_become_problems_and_answers():
+    rows = {
+        "gsm8k": {"question": "Q", "answer": "So 2 + 2 = 4.\n#### 4"},
+        "math": {"problem": "Q", "solution": r"It is \boxed{1}, no, $\boxed{\frac{1}{2}}$.", "level": "Level 1"},
+        "math500": {"problem": "Q", "answer": "4"},
+        "olympiadbench": {"question": "Q", "final_answer": ["1", "2"]},
+        "amc23": {"question": "Q", "answer": 27.0},
+        "svamp": {"Body": "B.", "Question": "Q", "Answer": "145.0"},
+        "asdiv": {"body": "B.", "question": "Q", "answer": "9 (apples)"},
+        "mmlu_stem": {"question": "Q", "choices": ["0", "4"], "answer": 1},
+    }
+    got = {name: benchmarks.BENCHMARKS[name].hub.row(row) for name, row in rows.items()}
+    assert [answer for _, answer in got.values()] == ["4", r"\frac{1}{2}", "4", "1, 2", "27.0", "145.0", "9", "B"]
+    assert all("Q" in problem for problem, _ in got.values()) and got["mmlu_stem"][0].endswith("(A) 0, (B) 4")
+    assert {name for name, bench in benchmarks.BENCHMARKS.items() if bench.hub} == set(rows)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained model of 300 words; greedy and sampled answers are long and wrong, but there are some."""
+    from data import tokenizer
+    from model import Llama, LlamaConfig
+
+    folder = tmp_path_factory.mktemp("stage") / "checkpoints/step_000001"
+    tok = tokenizer.train(["What is 1+1? It is \\boxed{2}. Question: Answer: " * 20], 300)
+    model = Llama(LlamaConfig(tok.vocab_size, 2, 32, 4, 2, 8, 64)).init_weights(0)
+    model.save_pretrained(str(folder))
+    tok.save(folder)
+    return folder
+
+
+def bench(checkpoint, folder, *flags, launch=()):
+    command = [
+        sys.executable,
+        *launch,
+        str(ROOT / "verify.py"),
+        "--ckpt",
+        checkpoint,
+        "--data",
+        folder,
+        "--out",
+        folder / "out",
+    ]
+    command += ["--bench", "gsm8k,mmlu_stem", "--max-new-tokens", "9", "--samples", "2", "--temperature", "1", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_benchmark_goes_on_where_it_stopped_on_any_number_of_ranks(checkpoint, tmp_path):
+    for part in ("one", "cut"):
+        for name in ("gsm8k/test", "eval/mmlu_stem"):
+            path = tmp_path / part / f"{name}.jsonl"
+            path.parent.mkdir(parents=True)
+            write_lines(path, *({"problem": f"{i}+1? (A) 1, (B) 2", "answer": "AB"[i % 2]} for i in range(20)))
+    said = bench(checkpoint, tmp_path / "one", "--shots", "2")
+    assert "| gsm8k     | 20    |" in said and "pass@2" in said and "| mean" in said
+    rows = [json.loads(line) for line in (tmp_path / "one/out/gsm8k.jsonl").read_text().splitlines()]
+    assert [row["item"] for row in rows] == [i for i in range(20) for _ in "ab"]
+    assert {row["gold"] for row in rows} == {"A", "B"} and all(1 <= row["tokens"] <= 9 for row in rows)
+
+    bench(checkpoint, tmp_path / "cut", "--shots", "2")
+    whole = (tmp_path / "cut/out/gsm8k.jsonl").read_text().splitlines()
+    write_lines(tmp_path / "cut/out/gsm8k.jsonl", *whole[:8])
+    write_lines(tmp_path / "cut/out/gsm8k.1.part", *whole[20:23], whole[23][:30])  # killed while it wrote
+    (tmp_path / "cut/out/mmlu_stem.jsonl").unlink()
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    again = bench(checkpoint, tmp_path / "cut", "--shots", "2", launch=ranks)
+    assert again.splitlines()[:-1] == said.splitlines()[:-1]
+    for name in ("gsm8k", "mmlu_stem"):
+        assert (tmp_path / f"cut/out/{name}.jsonl").read_text() == (tmp_path / f"one/out/{name}.jsonl").read_text()
+    done = run("--ckpt", checkpoint, "--data", tmp_path / "one", "--out", tmp_path / "one/out", "--bench", "gsm8k")
+    assert done.returncode == 2 and "other settings (shots 2 → 0; n 2 → 1; temperature 1.0 → 0.0" in done.stderr
+
+
+def test_problems_seen_in_training_are_said(tmp_path):
+    prompts_file = write_lines(tmp_path / "math8k.jsonl", {"problem": "What is  $1 + 1$?", "answer": "2"})
+    stage = tmp_path / "runs/rl-short"
+    stage.mkdir(parents=True)
+    (tmp_path / "runs/data").mkdir()
+    assert benchmarks.seen_in_training(str(stage), "math", [{"problem": "Q"}]) == []
+    (stage / "config.json").write_text(json.dumps({"prompts": str(prompts_file)}))
+    (tmp_path / "runs/data/index.json").write_text(json.dumps({"settings": {"keep_overlaps": ["long_cot"]}}))
+    said = benchmarks.seen_in_training(str(stage), "math", [{"problem": "what is $1+1$?"}, {"problem": "Q"}])
+    assert said[0].startswith("1 of the 2 problems of math are among the prompts") and said[0].endswith(
+        "report math500 instead"
+    )
+    assert "answers to problems of benchmarks (long_cot" in said[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
