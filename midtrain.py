@@ -59,6 +59,7 @@ from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
 from model import (
     LOGITS_BUDGET,
+    LONGEST_BLOCKED,
     PRESETS,
     QUERIES,
     Llama,
@@ -840,27 +841,44 @@ def report(out: str) -> None:
     """A table of the stages in a run folder, and a picture of their losses: out/midtrain.md and out/midtrain.png."""
     runs = {}
     for stage in STANDS_ON:
-        if os.path.exists(path := os.path.join(out, stage, "metrics.jsonl")):
-            with open(path) as f:
-                runs[stage] = read_json(os.path.join(out, stage, "config.json")), [json.loads(line) for line in f]
-    if not any(rows for _, rows in runs.values()):
+        if rows := read_metrics(os.path.join(out, stage, "metrics.jsonl")):
+            runs[stage] = read_json(os.path.join(out, stage, "config.json")), rows
+    if not runs:
         raise ValueError(f"no stage has run in {out}")
     lines = ["| stage | steps | tokens | loss, first steps | last | held out | bits per byte | sequences seen |"]
     lines.append("|" + "---|" * 8)
     for stage, (settings, rows) in runs.items():
-        few = max(1, len(rows) // 20)
-        first, last = (sum(row["loss"] for row in part) / few for part in (rows[:few], rows[-few:]))
-        held = next((row for row in reversed(rows) if "val_loss" in row), None)
+        points = twentieths(rows)
+        held = next((row for row in reversed(rows) if row.get("val_loss") is not None), None)
         val = f"{held['val_loss']:.3f} | {held['bits_per_byte']:.3f}" if held else "– | –"
         seen = ", ".join(f"{k[6:]} {v:.1%}" for k, v in rows[-1].items() if k.startswith("share/")) or "not finished"
         tokens = len(rows) * settings["batch"] * settings["seq_len"]
-        lines.append(f"| {stage} | {len(rows):,} | {tokens:,} | {first:.3f} | {last:.3f} | {val} | {seen} |")
+        lines.append(
+            f"| {stage} | {len(rows):,} | {tokens:,} | {points[0][1]:.3f} | {points[-1][1]:.3f} | {val} | {seen} |"
+        )
     text = "\n".join(lines)
     print(text)
     with open(os.path.join(out, "midtrain.md"), "w") as f:
         f.write(text + "\n")
     draw(os.path.join(out, "midtrain.png"), runs)
     print(f"wrote {out}/midtrain.md and {out}/midtrain.png")
+
+
+def read_metrics(path: str) -> list[dict]:
+    """The whole rows of a metrics.jsonl; a kill may have cut the last one."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def twentieths(rows: list[dict]) -> list[tuple[float, float]]:
+    """(step in the middle, mean loss) of each twentieth of a stage; steps that were left out do not count."""
+    few, points = max(1, len(rows) // 20), []
+    for i in range(0, len(rows) - few + 1, few):
+        losses = [row["loss"] for row in rows[i : i + few] if row["loss"] is not None]
+        points += [(i + few / 2, sum(losses) / len(losses))] if losses else []
+    return points or [(0.0, math.nan)]
 
 
 def draw(path: str, runs: dict) -> None:
@@ -875,11 +893,9 @@ def draw(path: str, runs: dict) -> None:
     for stage, (settings, rows) in runs.items():
         begin, each = end.get(STANDS_ON[stage], 0), settings["batch"] * settings["seq_len"] / 1e6
         end[stage] = begin + len(rows) * each
-        few = max(1, len(rows) // 20)
-        starts = range(0, len(rows) - few + 1, few)
-        means = [sum(row["loss"] for row in rows[i : i + few]) / few for i in starts]
-        (line,) = axes.plot([begin + each * (i + few / 2) for i in starts], means, label=f"{stage}, training")
-        held = [(begin + each * row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+        points = [(begin + each * step, loss) for step, loss in twentieths(rows)]
+        (line,) = axes.plot(*zip(*points), label=f"{stage}, training")
+        held = [(begin + each * row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
         axes.plot(*zip(*held), "o--", color=line.get_color(), alpha=0.6, label=f"{stage}, held out") if held else None
     axes.set(xlabel="tokens, millions", ylabel="loss, nats a token (each stage on its own mixture)")
     axes.grid(alpha=0.3)
@@ -927,10 +943,12 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, kernels: bool
     if kernels:  # two norms: sum and output; q, k, v, o, log-sum-exp
         layer = 2 * (2 * c * h + 4) + c * (2 * q + 2 * kv) + 4 * config.num_heads
         logits = min(4 * tokens * config.vocab_size, 512 << 20) + c * config.vocab_size * h
-    else:  # two norms in fp32 and their outputs; q, k, v, o and the probabilities of blocks of queries
-        seen = (args.seq_len + QUERIES) / 2
-        layer = 2 * ((4 + c) * h + 4) + c * (2 * q + 2 * kv) + c * config.num_heads * seen
-        logits = 8 * min(tokens * config.vocab_size, LOGITS_BUDGET)
+    else:  # two norms in fp32 and their outputs; q, k, v, o and the probabilities of blocks of queries, or what SDPA keeps
+        blocks = c * config.num_heads * (args.seq_len + QUERIES) / 2
+        layer = (
+            2 * ((4 + c) * h + 4) + c * (2 * q + 2 * kv) + (blocks if args.seq_len <= LONGEST_BLOCKED else 2 * c * q)
+        )
+        logits = 8 * min(tokens * config.vocab_size, LOGITS_BUDGET) + c * tokens * args.seq_len  # and the mask
     layer = tokens * (layer + 4 * c * i)  # SwiGLU: gate, silu(gate), up, their product
     kept = tokens * (4 + c) * h + (config.num_layers * (tokens * 2 * c * h if args.activation_checkpointing else layer))
     last = layer + 4 * c * i * tokens  # of one block, with the gradients inside its MLP
@@ -953,15 +971,20 @@ def block_params(config: LlamaConfig) -> int:
 def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
     """ValueError if a rank will not have the memory that the plan says."""
     if world.device.type == "cuda":
-        there = torch.cuda.get_device_properties(world.device).total_memory
+        there = torch.cuda.mem_get_info(world.device)[0]  # free: others may use the card
     elif hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            with open("/sys/fs/cgroup/memory.max") as f:  # of a container
+                there = min(there, int(f.read()))
+        there /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     else:
         return
-    need = memory_plan(config, args, dtype, world.size, world.device.type == "cuda")["peak"]
-    if need > there:
+    plan = memory_plan(config, args, dtype, world.size, world.device.type == "cuda")
+    if plan["peak"] > there:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items() if name != "peak")
         raise ValueError(
-            f"a rank needs about {need / 2**30:.1f} GiB and has {there / 2**30:.1f} (--plan shows the parts): use a smaller "
+            f"a rank needs about {plan['peak'] / 2**30:.1f} GiB and has {there / 2**30:.1f} ({parts}): use a smaller "
             f"--micro-batch, --activation-checkpointing, or more ranks"
         )
 
@@ -985,6 +1008,8 @@ def show_plan(args) -> None:
         hours = flops / (args.mfu * PEAK_FLOPS[device] * gpus) / 3600
         rows.append([f"{gpus}", *(f"{size / 2**30:.1f}" for size in parts.values()), f"{hours * 3600 / steps:.2f}"])
         rows[-1] += [f"{hours:,.1f}", f"{hours * gpus:,.1f}"]
+    if not rows:
+        raise ValueError(f"--batch {args.batch} and --replicate {args.replicate} fit none of 1, 8 and 64 GPUs")
     table = [["GPUs", *parts, "s a step", "hours", "GPU-hours"], *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     print("\n".join(" | ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table))

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 from torch.utils.checkpoint import checkpoint
 
@@ -148,6 +149,7 @@ class _RMSNorm(torch.autograd.Function):
         return (n * weight).to(s.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         n, inverse, weight = ctx.saved_tensors
         along = dy * n
@@ -212,6 +214,7 @@ class _Rope(torch.autograd.Function):
         return (x32 * cos).addcmul_(x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
         dy32 = dy.float()
@@ -242,20 +245,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, mask: T
     if mask is None and doc_start is not None:
         mask = document_mask(doc_start, q.dtype)
     # On longer rows its probabilities would take too much memory, and a compiler cannot follow where documents begin.
-    if mask is not None and q.device.type == "cpu" and T <= 2048 and not torch.compiler.is_compiling():
+    if mask is not None and q.device.type == "cpu" and T <= LONGEST_BLOCKED and not torch.compiler.is_compiling():
         return _BlockAttention.apply(q, k, v, mask, doc_start[:, ::QUERIES].amin(0).tolist())
     k, v = (x.repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
     return out.transpose(1, 2)
 
 
-QUERIES = 64  # in a block, on a CPU
+QUERIES, LONGEST_BLOCKED = 64, 2048  # in a block, on a CPU; the longest row that goes by blocks
 
 
 class _BlockAttention(torch.autograd.Function):
     """attention() on a CPU: a block of QUERIES at a time, against no other keys than those between the first that one of
     them sees and the last. torch's fused kernel visits all keys where there is a mask, and was measured to take 1.5 to 10
-    times as long, forward and backward. The query heads of one KV head are rows of the same product: t * G + g.
+    times as long, forward and backward. The query heads of one KV head are rows of the same product: t * G + g. In bf16
+    scores and probabilities are rounded, which that kernel does not do: up to four times its error where attention is sharp.
     """
 
     @staticmethod
@@ -278,6 +282,7 @@ class _BlockAttention(torch.autograd.Function):
         return out.view(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do):
         B, T, K, G, D = ctx.shape
         q, k, v, *probs = ctx.saved_tensors
@@ -590,6 +595,7 @@ class _CrossEntropy(torch.autograd.Function):
         return nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dnll):
         probs, valid = ctx.saved_tensors
         return probs.mul_((dnll * valid)[:, None]), None  # in place: autograd refuses to come here twice

@@ -166,7 +166,9 @@ def _open_shards(folder: Path, mixture: dict, seq_len: int) -> tuple[list[Shard]
     train, val = ([Shard(folder / f"{name}.{split}.bin") for name in mixture] for split in ("train", "val"))
     for shard in train + val:
         if shard.header["tokenizer"] != expected:
-            raise ValueError(f"{shard.path} was made with another tokenizer than {folder}'s: prepare it again")
+            raise ValueError(
+                f"{shard.path} was made with another tokenizer than {folder}'s: delete its folder and prepare again"
+            )
         if shard.kind == "document" and shard.seq_len != seq_len:
             raise ValueError(f"{shard.path} is packed for sequences of {shard.seq_len} tokens, not {seq_len}")
         if _sequences(shard, seq_len) == 0:

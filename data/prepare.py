@@ -27,19 +27,26 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import threading
+import zipfile
 import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nobody keeps a second command out of a folder
+    fcntl = None
 
 from data import Parser, recipes, run_cli, tokenizer
 from data.shards import read_index, read_json, tok_dtype, write_shard
@@ -74,7 +81,10 @@ FATES = {
 }
 
 
-_LETTER = np.zeros(256, np.uint8)  # 1 to 36 for letters, in whatever case, and digits; 0 for what stands between words
+_LETTER = np.zeros(
+    256, np.uint8
+)  # 0 for what stands between words; letters in whatever case and digits, other alphabets
+_LETTER[128:] = np.arange(128, 256)
 for _i, _character in enumerate("abcdefghijklmnopqrstuvwxyz0123456789", 1):
     _LETTER[[ord(_character), ord(_character.upper())]] = _i
 _FIRST_BYTES = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # of eight, as one number
@@ -87,7 +97,14 @@ def word_runs(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     time: an eighth of what tokenising costs.
     """
     odd, other = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # powers of an odd number never vanish
-    letters = _LETTER[np.frombuffer(b"\0" + text + bytes(9), np.uint8)]
+    data = np.frombuffer(b"\0" + text + bytes(9), np.uint8)
+    letters = _LETTER[data]
+    if (
+        not text.isascii()
+    ):  # typographic quotes, dashes and spaces stand between words too: U+0080 to U+00BF, U+2000 to U+207F
+        two = np.flatnonzero(data == 0xC2)
+        three = np.flatnonzero((data[:-1] == 0xE2) & ((data[1:] | 1) == 0x81))
+        letters[np.concatenate((two, two + 1, three, three + 1, three + 2))] = 0
     edges = np.flatnonzero((letters[1:] > 0) != (letters[:-1] > 0))  # by turns before a word, and its last letter
     first, last = edges[::2] + 1, edges[1::2]
     if len(first) < GRAM:
@@ -161,6 +178,7 @@ _worker: dict = {}  # of a process of the pool: its tokenizer and grams
 
 
 def _start_worker(folder: str, problems: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     _worker.update(tok=tokenizer.load(folder), grams=Grams(problems))
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent says nothing
@@ -174,23 +192,38 @@ def _parts(source: Source, folder: Path, tok: Tokenizer, grams: Grams, pool: Exe
     """The parts of a source in their order: those that are in the folder already, then new ones."""
     folder.mkdir(exist_ok=True)
     number = rows = 0
-    while (path := folder / f"{number:06d}.npz").exists():
-        rows, number = rows + len(np.load(path)["lengths"]), number + 1
+    while (length := _rows_of(path := folder / f"{number:06d}.npz")) is not None:
+        rows, number = rows + length, number + 1
         yield path
     waiting: deque = deque()
     try:
-        for number, texts in enumerate(_slices(source.read(rows, count)), start=number):  # noqa: B020
+        for texts in _slices(source.read(rows, count)):
             path = folder / f"{number:06d}.npz"
-            work = pool.submit(_work, path, texts, source.guarded) if pool else write_part(path, texts, tok, grams)
-            waiting.append((path, work))
-            while len(waiting) > 2 * workers or (waiting and not pool):
+            number += 1
+            if pool is None:
+                write_part(path, texts, tok, grams)
+                yield path
+                continue
+            waiting.append((path, pool.submit(_work, path, texts, source.guarded)))
+            if len(waiting) > 2 * workers:
                 yield _finished(*waiting.popleft())
         while waiting:
             yield _finished(*waiting.popleft())
+    except BrokenProcessPool:
+        raise OSError("a worker died, out of memory perhaps: the same command goes on, with fewer --workers") from None
     finally:  # there may be enough before the end: nobody must write into the folder any more
         for _, future in waiting:
-            if future and not future.cancel():
+            if not future.cancel():
                 future.exception()
+
+
+def _rows_of(path: Path) -> int | None:
+    """How many rows a part has; None if it is not there, or was cut off (by a power failure, say)."""
+    try:
+        with np.load(path) as part:
+            return len(part["fates"]) if len(part["tokens"]) == part["lengths"].sum() else None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def _slices(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
@@ -207,11 +240,7 @@ def _slices(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
 
 
 def _finished(path: Path, future) -> Path:
-    try:
-        if future:
-            future.result()
-    except BrokenProcessPool:
-        raise OSError("a worker died, out of memory perhaps: the same command goes on, with fewer --workers") from None
+    future.result()
     return path
 
 
@@ -274,7 +303,7 @@ def _prepare_source(name: str, source: Source, out: Path, tok: Tokenizer, grams:
             raise ValueError(
                 f"source {name!r} has no {split} documents: leave it out, or give it more ({dict(dropped)})"
             )
-        entry[split] = {k: header[k] for k in ("tokens", "padding", "documents")}
+        entry[split] = {k: header[k] for k in ("tokens", "padding", "documents", "sha256")}
     return entry | ({"dropped": dict(sorted(dropped.items()))} if dropped else {})
 
 
@@ -295,32 +324,60 @@ def prepare(
     if (index := read_index(out)) is not None:
         _same_settings(out, index["settings"], settings)
         return index
-    index = read_json(out / "unfinished.json")
-    if index is not None:
-        _same_settings(out, index["settings"], settings)
-        tok = tokenizer.load(out)
-    else:
-        for name, source in sources.items():  # before the hours of work, not after them
-            if len(list(islice(filter(None, source.read(0, lambda _: None)), 2))) < 2:
+    if not (out / "unfinished.json").exists():
+        _check_sources(sources)
+    with _alone(out):
+        index = read_json(out / "unfinished.json")
+        if index is not None:
+            _same_settings(out, index["settings"], settings)
+            tok = tokenizer.load(out)
+            if tok.hash != index["tokenizer"]:
                 raise ValueError(
-                    f"source {name!r} has fewer than two documents: leave it out, or give it more{_MARKED_HINT}"
+                    f"{out} has another tokenizer than it was begun with: delete the folder and prepare again"
                 )
-        tok = make_tokenizer()
-        out.mkdir(parents=True, exist_ok=True)
-        tok.save(out / tokenizer.FILE_NAME)
-        index = {"settings": settings, "tokenizer": tok.hash, "vocab_size": tok.vocab_size, "sources": {}}
-        _write_json(out / "unfinished.json", index)
-    with _workers(workers, out, problems) as pool:
-        grams = Grams(problems)
-        for name in [name for name in sources if name not in index["sources"]]:
-            guards = grams if sources[name].guarded else Grams()
-            entry = _prepare_source(name, sources[name], out, tok, guards, pool, workers, seq_len)
-            index["sources"][name] = entry
+        else:
+            for path in [*out.glob("*.parts"), *map(Path, filter(None, [tokenizer.find(out)]))]:  # of another run
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            tok = make_tokenizer()
+            tok.save(out / tokenizer.FILE_NAME)
+            index = {"settings": settings, "tokenizer": tok.hash, "vocab_size": tok.vocab_size, "sources": {}}
             _write_json(out / "unfinished.json", index)
-            shutil.rmtree(out / f"{name}.parts")
-    _write_json(out / "index.json", index)
-    (out / "unfinished.json").unlink()
+        with _workers(workers, out, problems) as pool:
+            grams = Grams(problems)
+            for name in [name for name in sources if name not in index["sources"]]:
+                guards = grams if sources[name].guarded else Grams()
+                entry = _prepare_source(name, sources[name], out, tok, guards, pool, workers, seq_len)
+                index["sources"][name] = entry
+                _write_json(out / "unfinished.json", index)
+        _write_json(out / "index.json", index)
+        for path in out.glob("*.parts"):
+            shutil.rmtree(path)
+        (out / "unfinished.json").unlink()
     return index
+
+
+def _check_sources(sources: dict[str, Source]) -> None:
+    """Before the hours of work, not after them."""
+    for name, source in sources.items():
+        if len(list(islice(filter(None, source.read(0, lambda _: None)), 2))) < 2:
+            raise ValueError(
+                f"source {name!r} has fewer than two documents: leave it out, or give it more{_MARKED_HINT}"
+            )
+
+
+@contextlib.contextmanager
+def _alone(out: Path):
+    """Two commands in one folder would write the same files: the second is told so. A kill, however sudden, lets go."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is preparing data in {out}: wait for its end") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 @contextlib.contextmanager
@@ -395,7 +452,7 @@ def read_rows(path: Path, count: Callable[[int], None] = lambda size: None) -> I
                 row = dict(json.loads(line.decode()))
                 count(len(line))
                 yield row
-    except (ValueError, TypeError, EOFError, zlib.error, gzip.BadGzipFile):
+    except (ValueError, TypeError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile):
         raise ValueError(f"{path}, line {number}: not one JSON object a line in UTF-8, or truncated") from None
 
 
@@ -417,32 +474,51 @@ def corpus_rows(corpus: recipes.Corpus, folder: Path, skip: int, count) -> Itera
         part = {"data_files": corpus.part} if "*" in corpus.part else {"name": corpus.part or None}
         what = f"{corpus.hub} {corpus.part}".strip() + f", split {corpus.split}"
         return ((what, row) for row in stream(what, skip, path=corpus.hub, split=corpus.split, **part))
-    readers = []
-    for path in corpus_files(corpus, folder):
-        if path.suffix == ".parquet":
-            rows = stream(str(path), 0, path="parquet", data_files=str(path), split="train")
-        else:
-            rows = read_rows(path, count)
-        readers.append(_named(path, rows))
-    return islice((row for turn in zip_longest(*readers) for row in turn if row is not None), skip, None)
+    files = corpus_files(corpus, folder)
+    if all(path.suffix == ".parquet" for path in files):
+        what, names = ", ".join(corpus.files), [str(path) for path in files]
+        return ((what, row) for row in stream(what, skip, path="parquet", data_files=names, split="train"))
+    return islice(_in_turns(files, count), skip, None)
 
 
-def _named(path: Path, rows: Iterator[dict]) -> Iterator[tuple[str, dict]]:
-    return ((str(path), row) for row in rows)
+def _in_turns(files: list[Path], count) -> Iterator[tuple[str, dict]]:
+    """A row of each file, again and again; of many files 64 at a time, for a process may not open thousands."""
+    waiting, open_now = deque(files), deque()
+    while waiting or open_now:
+        while waiting and len(open_now) < 64:
+            path = waiting.popleft()
+            open_now.append((str(path), read_rows(path, count)))
+        name, rows = open_now.popleft()
+        if (row := next(rows, None)) is not None:
+            open_now.append((name, rows))
+            yield name, row
 
 
 def corpus_files(corpus: recipes.Corpus, folder: Path) -> list[Path]:
     """The files of a corpus; one that is not there is a FileNotFoundError, of a kind that nobody reads a ValueError."""
     found: list[Path] = []
     for name in corpus.files:
-        paths = [Path(path) for path in sorted(glob.glob(str(folder / name)))] if "*" in name else [folder / name]
+        pattern = os.path.join(glob.escape(str(folder)), name)
+        paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))] if "*" in name else [folder / name]
         if not paths or not all(path.is_file() for path in paths):
             raise FileNotFoundError(f"no file {folder / name}: see the README for where the public files come from")
         found += paths
     for path in found:
         if not path.name.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")):
             raise ValueError(f"{path}: only .jsonl, .jsonl.gz and .parquet files can be read")
+    if len({path.suffix == ".parquet" for path in found}) > 1:
+        raise ValueError(f"{', '.join(corpus.files)}: parquet and JSON lines in one source; make two of them")
     return found
+
+
+def fingerprint(path: Path) -> str:
+    """Of a file's length, beginning and end: whoever changes it between a kill and a restart is told so."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        digest = hashlib.sha256(f"{size}".encode() + f.read(1 << 20))
+        f.seek(max(0, size - (1 << 20)))
+        digest.update(f.read())
+    return digest.hexdigest()[:16]
 
 
 def documents(corpus: recipes.Corpus, folder: Path, keep_overlaps: bool, skip: int = 0, count=lambda size: None):
@@ -521,7 +597,12 @@ def benchmark_problems(against: str | None, folder: Path | None) -> dict[str, li
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path} to keep out of the training text")
-        found[str(path)] = [str(row.get("problem", row.get("question", ""))) for row in read_rows(path)]
+        try:
+            found[str(path)] = [
+                str(recipes.column(row, "problem", "question", "prompt", "text")) for row in read_rows(path)
+            ]
+        except KeyError as error:
+            raise ValueError(f"{path}: {error.args[0]}") from None
     return found
 
 
@@ -567,6 +648,8 @@ def parse_arguments():
     if args.data is None and (args.world == "real" and not args.source):
         parser.error("--data DIR is needed: the folder of the public files (README)")
     corpora = dict(args.source) if args.source else recipes.CORPORA[args.world]
+    if args.source and len(corpora) < len(args.source):
+        parser.error("two --source have the same name")
     names = args.sources.split(",") if args.sources else list(corpora)
     kept = [] if args.keep_overlaps in ("", "all") else args.keep_overlaps.split(",")
     for name in [*names, *kept, *filter(None, args.max_tokens)]:
@@ -586,15 +669,18 @@ def main() -> None:
     settings = {
         "world": args.world if not args.source else "own",
         "sources": {name: list(corpus) for name, corpus in corpora.items()},
-        "bytes": {name: source.size for name, source in sources.items()}, "max_tokens": budgets,
+        "files": {name: [fingerprint(path) for path in corpus_files(corpus, folder)] for name, corpus in corpora.items()},
+        "max_tokens": budgets,
         "keep_overlaps": sorted(set(kept) & set(corpora)),
         "against": hashlib.sha256("\0".join(problems).encode()).hexdigest()[:16] if problems else None,
         "tokenizer": tok.hash if tok else f"trained, {args.vocab_size} words",
     }  # fmt: skip
+    short = sum(len(word_runs(problem.encode("utf-8", "replace"))[0]) == 0 for problem in problems)
     if problems:
-        print(
-            f"kept out: text that shares {GRAM} words in a row with {len(problems):,} problems of {', '.join(benchmarks)}"
-        )
+        print(f"kept out: {GRAM} words in a row of one of {len(problems):,} problems of {', '.join(benchmarks)}")
+        print(f"{short:,} of these have fewer words: text that contains them is not found")
+    else:
+        print("no benchmark's problems are kept out of the text: name their files by --against")
     make = lambda: tok or train_tokenizer(sources, args.vocab_size)  # noqa: E731
     index = prepare(args.out, sources, make, args.seq_len, settings, problems, args.workers)
     read_index(args.out, check=args.check)

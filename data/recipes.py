@@ -124,28 +124,33 @@ CONTROLLED = {
 # What a row becomes. Columns go by several names in public sets; a row without any of them is a KeyError that lists its own.
 
 
-def _column(row: dict, *names: str):
+def column(row: dict, *names: str):
     for name in names:
         if row.get(name) is not None:
             return row[name]
+    if any(name in row for name in names):
+        return ""
     raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
 
 
 def running_text(row: dict) -> str:
     """A page of text, or an exercise and its solution as one."""
     if "problem" in row and "text" not in row:
-        return f"{row['problem']}\n\n{row['solution']}"
-    return _column(row, "text", "content")
+        return row["problem"] + "\n\n" + row["solution"]
+    return column(row, "text", "content")
 
 
-def question_answer(row: dict) -> str:
+def question_answer(row: dict) -> str | None:
     r"""Problem, newline, solution with its final \boxed{answer}; GSM8K's calculator marks <<48/2=24>> are dropped."""
     if "text" in row:  # MegaMath-QA is written out already
         return row["text"]
-    solution = re.sub(r"<<.*?>>", "", _column(row, "solution", "generated_solution", "response")).strip()
-    if "\\boxed" not in solution and (answer := row.get("answer") or row.get("expected_answer")):
+    solution = re.sub(r"<<.*?>>", "", column(row, "solution", "generated_solution", "response")).strip()
+    answer = row["answer"] if row.get("answer") is not None else row.get("expected_answer")
+    if not solution:
+        return None
+    if "\\boxed" not in solution and answer not in (None, ""):
         solution += f"\nThe answer is \\boxed{{{answer}}}."
-    return f"{_column(row, 'problem', 'question').strip()}\n{solution}"
+    return f"{column(row, 'problem', 'question').strip()}\n{solution}"
 
 
 def long_thought(row: dict) -> str | None:
@@ -158,7 +163,7 @@ def long_thought(row: dict) -> str | None:
         thought = next((text for text, ok in zip(row["generations"], right) if ok), None)
         question = row["problem"]
     else:
-        question, thought = _column(row, "problem", "question"), _column(row, "response", "generation")
+        question, thought = column(row, "problem", "question"), column(row, "response", "generation")
     return thought and f"{question.strip()}\n{re.sub('</?answer>', '', thought).strip()}"
 
 
@@ -171,7 +176,7 @@ def conversation(row: dict) -> str | None:
         turns = [("User", question), ("Assistant", row["response"])]
     else:
         names = {"user": "User", "assistant": "Assistant"}
-        turns = [(names.get(m["role"]), m["content"]) for m in _column(row, "messages", "conversation")]
+        turns = [(names.get(m["role"]), m["content"]) for m in column(row, "messages", "conversation")]
     return "\n".join(f"{name}:{text.strip()}" for name, text in turns if name)
 
 

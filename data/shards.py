@@ -48,7 +48,8 @@ class Shard:
         used_at = starts_at + 8 * h["documents"]
         size, expected = self.path.stat().st_size, used_at + 8 * h["rows"]
         if size != expected:
-            raise ValueError(f"{self.path} is truncated or damaged: {size} bytes, not {expected}; prepare it again")
+            what = f"{self.path} is truncated or damaged: {size} bytes, not {expected}"
+            raise ValueError(f"{what}; delete its folder and prepare again")
         self.tokens = self._map(h["dtype"], HEADER_BYTES, h["tokens"])
         self.starts = self._map("int64", starts_at, h["documents"])
         self.used = self._map("int64", used_at, h["rows"])
@@ -61,7 +62,7 @@ class Shard:
     def check(self) -> None:
         with open(self.path, "rb") as f:
             if _checksum(f) != self.header["sha256"]:
-                raise ValueError(f"{self.path} is damaged: its checksum is not the header's; prepare it again")
+                raise ValueError(f"{self.path} is damaged (checksum): delete its folder and prepare again")
 
 
 def _checksum(f) -> str:
@@ -79,11 +80,14 @@ def _read_header(path: Path) -> dict:
     with open(path, "rb") as f:
         magic, version, text = (f.read(HEADER_BYTES).split(b" ", 2) + [b"", b""])[:3]
     if (magic, version) != (MAGIC.encode(), b"%d" % VERSION):
-        raise ValueError(f"{path} is not a token shard of version {VERSION}: prepare it again")
+        raise ValueError(f"{path} is not a token shard of version {VERSION}: delete its folder and prepare again")
     try:
-        return json.loads(text)
-    except ValueError:
-        raise ValueError(f"{path} is truncated or damaged in its header: prepare it again") from None
+        header = json.loads(text)
+        for key in ("kind", "dtype", "seq_len", "tokenizer", "tokens", "documents", "rows", "sha256"):
+            header[key]
+        return header
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is truncated or damaged in its header: delete its folder and prepare again") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,6 +186,10 @@ def read_index(folder: str | os.PathLike, check: bool = False) -> dict | None:
     for name in names:
         for split in ("train", "val"):
             shard = Shard(Path(folder) / f"{name}.{split}.bin")
+            if shard.header["sha256"] != index["sources"][name][split].get("sha256"):
+                raise ValueError(
+                    f"{shard.path} is not the shard that {path} names: delete its folder and prepare again"
+                )
             if check:
                 shard.check()
     return index

@@ -343,11 +343,14 @@ def test_damaged_shards(copy):
     data = path.read_bytes()
     for size in (len(data) - 8, 5000, 100, 0):
         path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match=r"web\.train\.bin .*prepare it again"):
+        with pytest.raises(ValueError, match=r"web\.train\.bin .*prepare again"):
             Loader(copy, MIX, T, 4)
     path.write_bytes(data[:9000] + bytes([data[9000] ^ 1]) + data[9001:])
     with pytest.raises(ValueError, match="checksum"):
         shards.read_index(copy, check=True)
+    path.write_bytes((copy / "general.train.bin").read_bytes())
+    with pytest.raises(ValueError, match="is not the shard that .*index.json names"):
+        shards.read_index(copy)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="no shard at"):
         Loader(copy, MIX, T, 4)
@@ -468,7 +471,8 @@ def test_bad_files(tmp_path):
 
 
 WORDS = st.lists(
-    st.sampled_from("one two, Three 4 fünf sixsixsixsixsixsix sixsixsixsixsixsax \0 .".split(" ")), max_size=60
+    st.sampled_from("one two, Three 4 fünf’s Пять sixsixsixsixsixsix sixsixsixsixsixsax \0 \xa0 .".split(" ")),
+    max_size=60,
 )
 
 
@@ -479,7 +483,8 @@ def test_shared_runs_of_words_are_found(problems, texts):
     problems, texts = ([" ".join(words) for words in part] for part in (problems, texts))
 
     def grams(text):
-        words = re.findall("[a-z0-9]+", re.sub("[^\\x00-\\x7f]", " ", text.lower()))
+        text = re.sub("[\x80-\xbf\u2000-\u207f]", " ", re.sub("[A-Z]", lambda match: match[0].lower(), text))
+        words = re.findall("(?:[a-z0-9]|[^\x00-\x7f])+", text)
         return {tuple(words[i : i + prepare.GRAM]) for i in range(len(words) - prepare.GRAM + 1)}
 
     forbidden = set().union(*map(grams, problems))
@@ -557,6 +562,50 @@ def test_workers_and_a_failure_inside_a_source_change_no_byte(many, monkeypatch,
     assert contents(many / "cut") == contents(many / "whole") and not set(again) & set(before)
 
 
+def test_what_another_run_left_is_not_taken(many, monkeypatch):
+    """Parts and a tokenizer without their unfinished.json; a part that was cut off; another input, another tokenizer."""
+    prepared(many, "whole")
+    real = prepare.write_part
+
+    def stop(path, *args):
+        real(path, *args)
+        if path.name == "000003.npz":
+            raise OSError("stopped")
+
+    for damage in ("no settings", "cut part"):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "write_part", stop)
+            with pytest.raises(OSError, match="stopped"):
+                prepared(many, damage)
+        part = many / damage / "a.parts/000002.npz"
+        if damage == "cut part":
+            part.write_bytes(part.read_bytes()[:-500])
+        else:
+            (many / damage / "unfinished.json").unlink()
+            part.write_bytes((many / damage / "a.parts/000001.npz").read_bytes())
+            tokenizer.train(["something else"] * 3, 270).save(many / damage)
+        prepared(many, damage)
+        assert contents(many / damage) == contents(many / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_part", stop)
+        with pytest.raises(OSError, match="stopped"):
+            prepared(many, "other")
+    tokenizer.train(["something else"] * 3, 270).save(many / "other")
+    with pytest.raises(ValueError, match="has another tokenizer than it was begun with"):
+        prepared(many, "other")
+
+
+def test_changed_input_and_a_second_command_are_refused(tmp_path):
+    folder = tmp_path / "in"
+    texts = [f"document {i}" for i in range(200)]
+    write_rows(folder / "a.jsonl", [{"text": text} for text in texts])
+    run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300")
+    write_rows(folder / "a.jsonl", [{"text": text} for text in reversed(texts)])
+    assert "other settings (files" in run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300", code=2)
+    with prepare._alone(tmp_path / "busy"), pytest.raises(ValueError, match="another process is preparing data"):
+        prepare.prepare(tmp_path / "busy", {}, None, T, {"world": "own"})
+
+
 def test_a_budget_stops_reading(many):
     index = prepared(many, "few", max_tokens=2000)["sources"]
     for name in "ab":
@@ -624,7 +673,7 @@ def test_parquet_and_the_hub(hub):
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 200
     assert texts[0][4] == "easy 4+1?\nIt is 5.\nThe answer is \\boxed{5}."
     said = run(where, "--source", f"qa=qa:hub:{where}:hard", "--vocab-size", "300", "--max-tokens", "qa=900")
-    assert said.startswith("qa ") and "ready" in said
+    assert "\nqa  " in said and "ready" in said and said.startswith("no benchmark's problems are kept out")
 
 
 @pytest.mark.parametrize("part, message", [

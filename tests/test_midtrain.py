@@ -777,6 +777,11 @@ def test_report_of_stages(train, tmp_path, monkeypatch, capsys):
     assert f"| short | 4 | 2,048 | {rows(tmp_path / 'short')[0]['loss']:.3f} | {last['loss']:.3f} |" in table[-1]
     assert f"| {last['bits_per_byte']:.3f} | web " in table[-1] and (tmp_path / "midtrain.png").stat().st_size > 9000
     assert sum(value for key, value in last.items() if key.startswith("share/")) == pytest.approx(1)
+    whole = (tmp_path / "short/metrics.jsonl").read_text()
+    (tmp_path / "short/metrics.jsonl").write_text(whole + '{"step": 5, "loss": null}\n{"step": 6, "lo')  # killed
+    (tmp_path / "stable/metrics.jsonl").write_text("")
+    midtrain.main()
+    assert "| short | 5 |" in (tmp_path / "midtrain.md").read_text() and "stable" not in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["midtrain.py", "--report", "--out", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="no stage has run in"):
         midtrain.main()
@@ -788,6 +793,9 @@ def test_plan_needs_nothing(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "8,030,261,248 parameters" in said and "209,715,200,000 tokens" in said
     assert "GPU-hours" in said and "s a step" in said
+    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "base", "--plan", "--replicate", "3"])
+    with pytest.raises(ValueError, match="--replicate 3 fit none of 1, 8 and 64 GPUs"):
+        midtrain.main()
 
 
 MEASURE = f"""
@@ -824,5 +832,7 @@ def test_the_plan_foretells_memory_to_ten_percent(dtype, recompute):
 
 def test_a_plan_that_does_not_fit_is_refused(train, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sysconf", lambda name: 1 << 10)
-    with pytest.raises(ValueError, match="a rank needs about .* GiB and has 0.0 .*--activation-checkpointing"):
+    with pytest.raises(
+        ValueError, match="a rank needs about .* GiB and has 0.0 .parameters .*--activation-checkpointing"
+    ):
         train(tmp_path, "--branch", "base")

@@ -1,0 +1,245 @@
+r"""The verifier on public data, beside math-verify: verdicts, speed, worst cases.
+
+    python tests/bench_verify.py [DIR [CASES.jsonl]]
+
+DIR: the public files of the README. CASES: rows {"gold", "response", "expected", "kind"}. Without DIR, answers of the
+generated world are graded, and only speed and worst cases say much. Prints, one line each: labelled cases; every gold
+answer against itself, its reference solution and rewritten forms; pairs of different gold answers; time a response; time
+and exceptions over fuzzed input.
+"""
+
+import itertools
+import json
+import platform
+import random
+import re
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_verify import HOSTILE
+
+from data import synth
+from verify import extract_answer, is_equivalent, reward
+
+FILES = {
+    "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), "math": ("math/train.jsonl", "math/test.jsonl"),
+    "math500": ("eval/math500.jsonl",), "olympiadbench": ("eval/olympiadbench.jsonl",), "amc23": ("eval/amc23.jsonl",),
+    "aime24": ("eval/aime24.jsonl",),
+}  # fmt: skip
+PAIRS, FUZZED = 100_000, 100_000
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ten ways to write the same answer; None where a way does not apply
+
+
+def decimal(gold: str) -> str | None:
+    match = re.fullmatch(r"(-?)\\[dt]?frac\{(\d{1,6})\}\{(\d{1,6})\}", gold)
+    if not match or int(match[3]) == 0:
+        return None
+    rest = int(match[3])
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    top = int(match[2]) * 10**12
+    if rest != 1 and int(match[2]) % rest or top % int(match[3]):
+        return None
+    whole, part = divmod(top // int(match[3]), 10**12)
+    return f"{match[1]}{whole}.{part:012d}".rstrip("0").rstrip(".")
+
+
+def reordered(gold: str) -> str | None:
+    parts = re.fullmatch(r"([\w^\\{}\s]+?)\s*\+\s*([\w^\\{}\s]+)", gold)
+    return f"{parts[2].strip()} + {parts[1].strip()}" if parts and "text" not in gold else None
+
+
+def changed(pattern: str, new: str):
+    def rewrite(gold: str) -> str | None:
+        text = re.sub(pattern, new, gold)
+        return text if text != gold else None
+
+    return rewrite
+
+
+REWRITES = {
+    "dfrac": changed(r"\\frac", r"\\dfrac"),
+    "tfrac": changed(r"\\[d]?frac", r"\\tfrac"),
+    "left right": lambda g: (
+        g.replace("(", r"\left(").replace(")", r"\right)") if "(" in g and "left" not in g else None
+    ),
+    "spaces": changed(r"(?<=[\d}a-z])([+=,])(?=[\s\d\\a-z(-])", r" \1\\, "),
+    "dollars": lambda g: f"${g}$" if "$" not in g else None,
+    "decimal": decimal,
+    "reordered": reordered,
+    "slash": changed(r"^\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1/\2"),
+    "unit": lambda g: rf"{g} \text{{ cm}}" if re.fullmatch(r"-?\d+(\.\d+)?", g) else None,
+    "thousands": lambda g: f"{int(g):,}" if re.fullmatch(r"-?\d{4,15}", g) else None,
+    "full stop": lambda g: g + "." if not g.endswith(".") else None,
+}
+
+
+def golds(folder: Path) -> None:
+    every = []
+    for name, files in FILES.items():
+        rows = [row for file in files for row in read(folder / file)]
+        answers = [row["answer"] for row in rows]
+        every += answers
+        itself = sum(is_equivalent(a, a) for a in answers)
+        said = f"{name:14} {len(rows):6,} golds; against themselves {itself / len(rows):.2%}"
+        if name in ("gsm8k", "math", "math500"):
+            right = [is_equivalent(extract_answer(row["solution"]) or "", row["answer"]) for row in rows]
+            said += f"; reference solutions {sum(right) / len(rows):.2%}"
+            tried = {way: [g for g in answers if f(g) is not None] for way, f in REWRITES.items()}
+            ok = {way: sum(is_equivalent(REWRITES[way](g), g) for g in tried[way]) for way in tried}
+            total = sum(map(len, tried.values()))
+            said += f"; {total:,} rewritten {sum(ok.values()) / total:.2%} ("
+            said += ", ".join(f"{way} {ok[way]}/{len(tried[way])}" for way in tried if tried[way]) + ")"
+        print(said, flush=True)
+    different(sorted(set(every)))
+
+
+def different(answers: list[str]) -> None:
+    """Pairs drawn at random, and those called equal, to be looked at."""
+    rng, equal, n = random.Random(0), [], 0
+    while n < PAIRS:
+        a, b = rng.choice(answers), rng.choice(answers)
+        if a != b:
+            n += 1
+            if is_equivalent(a, b):
+                equal.append((a, b))
+    print(f"{PAIRS:,} pairs of different texts among {len(answers):,} golds: {len(equal)} called equal")
+    for pair in equal[:40]:
+        print("   ", *pair, sep="   ")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Beside math-verify
+
+
+def math_verify():
+    """(response, gold) → bool, as verl calls it; None if it is not installed."""
+    try:
+        import math_verify as theirs
+    except ImportError:
+        return None
+    boxed, gold_form = theirs.LatexExtractionConfig(), theirs.LatexExtractionConfig()
+    forms = (theirs.ExprExtractionConfig(), boxed)
+
+    def grade(response: str, gold: str) -> bool:
+        answers = theirs.parse(response, forms, parsing_timeout=None)
+        return bool(
+            theirs.verify(
+                theirs.parse(rf"\boxed{{{gold}}}", (gold_form,), parsing_timeout=None), answers, timeout_seconds=None
+            )
+        )
+
+    return grade
+
+
+def cases(path: Path, theirs) -> None:
+    rows = read(path)
+    arms = {"ours": lambda response, gold: is_equivalent(extract_answer(response) or "", gold)}
+    arms |= {"math-verify": theirs} if theirs else {}
+    for name, grade in arms.items():
+        right, false, wrong = 0, 0, Counter()
+        for row in rows:
+            try:
+                verdict = grade(row["response"], row["gold"])
+            except Exception:  # theirs may; ours never
+                verdict = False
+            right += verdict == row["expected"]
+            false += verdict and not row["expected"]
+            wrong[row["kind"]] += verdict != row["expected"]
+        negatives = sum(not row["expected"] for row in rows)
+        print(
+            f"{name:12} {right} of {len(rows)} cases right, {right / len(rows):.2%}; false positives {false} of {negatives}; "
+            f"wrong kinds {dict(wrong.most_common(5)) if sum(wrong.values()) else {}}"
+        )
+
+
+def speed(pairs: list[tuple[str, str]], theirs) -> None:
+    """Seconds of each response, arms interleaved."""
+    arms = {"ours": lambda response, gold: is_equivalent(extract_answer(response) or "", gold)}
+    arms |= {"math-verify": theirs} if theirs else {}
+    times = {name: [] for name in arms}
+    for response, gold in pairs:
+        for name, grade in arms.items():
+            start = time.perf_counter()
+            try:
+                grade(response, gold)
+            except Exception:
+                pass
+            times[name].append(time.perf_counter() - start)
+    for name, seconds in times.items():
+        mean, median = statistics.mean(seconds), statistics.median(seconds)
+        faster = f", {statistics.mean(times['math-verify']) / mean:.0f} times as fast (mean)" if theirs else ""
+        print(f"{name:12} {len(pairs):,} responses: median {median * 1e6:.0f} µs, mean {mean * 1e6:.0f} µs{faster}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Worst cases
+
+
+def fuzzed(rng: random.Random) -> str:
+    pieces = (
+        r"\frac \sqrt { } ( ) [ ] ^ _ 9 12 x y \pi ! + - * / \left \right | \{ \} \text{ \boxed{ = < \le , \cup e i \sin "
+        r"\log \binom \begin{pmatrix} \end{pmatrix} & \\ \infty % ° ½ √ \pm \lfloor 1e99 $ . : ' eval( 9^9^9 99999! \x00"
+    ).split(" ")
+    if rng.random() < 0.02:
+        return rng.choice(HOSTILE)
+    text = "".join(rng.choices(pieces, k=rng.randrange(1, 60)))
+    return text * rng.choice((1, 1, 1, 30, 1000)) if rng.random() < 0.1 else text
+
+
+def worst(n: int) -> None:
+    rng, slowest, errors = random.Random(0), (0.0, ""), Counter()
+    is_equivalent("x+1", "1+x")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(n):
+        a, b = fuzzed(rng), fuzzed(rng)
+        start = time.perf_counter()
+        try:
+            assert is_equivalent(a, b) in (True, False)
+            reward(rf"\boxed{{{a}}}", b)
+        except Exception as error:
+            errors[type(error).__name__] += 1
+        slowest = max(slowest, ((time.perf_counter() - start) / 2, a[:60]))
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(
+        f"{n:,} fuzzed pairs: {sum(errors.values())} exceptions; slowest verdict {slowest[0] * 1e3:.0f} ms ({slowest[1]!r}); "
+        f"{more:.0f} MiB more at the peak"
+    )
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if sys.argv[1:] else None
+    print(f"Python {platform.python_version()}, {platform.processor() or platform.machine()}")
+    theirs = math_verify()
+    if theirs is None:
+        print("math-verify is not installed (pip install math-verify): its rows are missing")
+    if sys.argv[2:]:
+        cases(Path(sys.argv[2]), theirs)
+    if folder:
+        golds(folder)
+        rows = read(folder / "math/test.jsonl")[::10] + read(folder / "gsm8k/test.jsonl")[::5]
+        pairs = [(row["solution"], row["answer"]) for row in rows]
+    else:
+        texts = itertools.islice(synth.documents("short_cot", 0, "test"), 400)
+        pairs = [(text, "7") for text in texts]
+    speed(pairs, theirs)
+    worst(FUZZED)
+
+
+if __name__ == "__main__":
+    main()
