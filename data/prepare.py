@@ -323,6 +323,7 @@ def prepare(
     settings = json.loads(json.dumps(settings | {"seq_len": seq_len}))  # as they will be read back
     if (index := read_index(out)) is not None:
         _same_settings(out, index["settings"], settings)
+        _tidy(out)
         return index
     if not (out / "unfinished.json").exists():
         _check_sources(sources)
@@ -336,9 +337,10 @@ def prepare(
                     f"{out} has another tokenizer than it was begun with: delete the folder and prepare again"
                 )
         else:
-            for path in [*out.glob("*.parts"), *map(Path, filter(None, [tokenizer.find(out)]))]:  # of another run
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _tidy(out)  # parts of another run
             tok = make_tokenizer()
+            if found := tokenizer.find(out):
+                os.unlink(found)
             tok.save(out / tokenizer.FILE_NAME)
             index = {"settings": settings, "tokenizer": tok.hash, "vocab_size": tok.vocab_size, "sources": {}}
             _write_json(out / "unfinished.json", index)
@@ -350,10 +352,15 @@ def prepare(
                 index["sources"][name] = entry
                 _write_json(out / "unfinished.json", index)
         _write_json(out / "index.json", index)
-        for path in out.glob("*.parts"):
-            shutil.rmtree(path)
-        (out / "unfinished.json").unlink()
+        _tidy(out)
     return index
+
+
+def _tidy(out: Path) -> None:
+    """Remove what a finished folder does not need, now or after a kill in these very lines."""
+    for path in out.glob("*.parts"):
+        shutil.rmtree(path)
+    (out / "unfinished.json").unlink(missing_ok=True)
 
 
 def _check_sources(sources: dict[str, Source]) -> None:
