@@ -902,6 +902,8 @@ def clean(text: str) -> str:
     text = re.sub(r"\\(?:boxed|fbox)\s*\{(.*)\}", r"\1", text.removeprefix("**").removesuffix("**"), flags=re.S)
     text = re.sub(r"\^\s*\{?\\prime\}?", "'", text)
     text = re.sub(r"(?<=\d)\s*([ap])\.?m\b\.?", lambda half: f" {half[1]}m".lower(), text, flags=re.I)  # 4:30 P.M.
+    if whole := re.fullmatch(r"\s*\$+([^$]*[^$\\])\$+[\s.,:;]*", text):
+        text = whole[1]  # "$43_5.$": the stop inside is one too
     return re.sub(r"^\s*(?:=|\\approx)", "", text).strip().rstrip(".,:; ").strip()
 
 

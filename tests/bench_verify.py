@@ -61,7 +61,8 @@ def decimal(gold: str) -> str | None:
 
 def reordered(gold: str) -> str | None:
     parts = re.fullmatch(r"([\w^\\{}\s]+?)\s*\+\s*([\w^\\{}\s]+)", gold)
-    return f"{parts[2].strip()} + {parts[1].strip()}" if parts and "text" not in gold else None
+    whole = parts and "text" not in gold and all(part.count("{") == part.count("}") for part in parts.groups())
+    return f"{parts[2].strip()} + {parts[1].strip()}" if whole else None
 
 
 def changed(pattern: str, new: str):
