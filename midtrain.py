@@ -935,33 +935,44 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, kernels: bool
     The peak is at the end of a micro-batch's forward pass, when gradients exist only if an earlier one left them, or in the
     last block of the backward pass, when nearly all of them do. A test measures how true this is.
     """
-    n, share = config.num_params(), args.replicate / ranks
-    root = config.num_params() - config.num_layers * (block := block_params(config))
-    c, h, i = DTYPES[dtype].itemsize, config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    tokens = min(args.micro_batch, -(-args.batch // ranks)) * args.seq_len
-    if kernels:  # two norms: sum and output; q, k, v, o, log-sum-exp
-        layer = 2 * (2 * c * h + 4) + c * (2 * q + 2 * kv) + 4 * config.num_heads
-        logits = min(4 * tokens * config.vocab_size, 512 << 20) + c * config.vocab_size * h
-    else:  # two norms in fp32 and their outputs; q, k, v, o and the probabilities of blocks of queries, or what SDPA keeps
-        blocks = c * config.num_heads * (args.seq_len + QUERIES) / 2
-        layer = (
-            2 * ((4 + c) * h + 4) + c * (2 * q + 2 * kv) + (blocks if args.seq_len <= LONGEST_BLOCKED else 2 * c * q)
-        )
-        logits = 8 * min(tokens * config.vocab_size, LOGITS_BUDGET) + c * tokens * args.seq_len  # and the mask
-    layer = tokens * (layer + 4 * c * i)  # SwiGLU: gate, silu(gate), up, their product
-    kept = tokens * (4 + c) * h + (config.num_layers * (tokens * 2 * c * h if args.activation_checkpointing else layer))
-    last = layer + 4 * c * i * tokens  # of one block, with the gradients inside its MLP
-    if ranks > 1:  # the embedding and two blocks at a time, and a block's gradients as they are computed and summed
-        gathered = c * (root + 2 * block) + (c + 4) * block
+    size, params, block = DTYPES[dtype].itemsize, config.num_params(), block_params(config)
+    rest = params - config.num_layers * block  # the embedding, the output projection
+    tokens, share = min(args.micro_batch, -(-args.batch // ranks)) * args.seq_len, args.replicate / ranks
+    layer = tokens * layer_bytes(config, size, args.seq_len, kernels)
+    inputs = tokens * 2 * size * config.hidden_size  # of a block: all that recomputation keeps of it
+    if kernels:
+        logits = min(4 * tokens * config.vocab_size, 512 << 20) + size * config.vocab_size * config.hidden_size
+    else:  # logits and probabilities; the mask
+        logits = 8 * min(tokens * config.vocab_size, LOGITS_BUDGET) + size * tokens * args.seq_len
+    if ranks > 1:  # gathered: the rest and two blocks at a time, a block's gradients as they are computed and summed
+        gathered = size * (rest + 2 * block) + (size + 4) * block
     else:  # copies in bf16, which the backward pass needs again
-        gathered = c * (root + block if args.activation_checkpointing else n) * (dtype == "bf16")
-    parts = {"parameters": 4 * n * share, "gradients": 4 * n * share, "optimizer": 8 * n * share}
-    parts |= {"weights to compute with": gathered, "activations": kept, "logits": logits}
-    early = parts["gradients"] if tokens * ranks < args.batch * args.seq_len else 0
-    fixed = parts["parameters"] + parts["optimizer"] + gathered
-    last += max(parts["gradients"], kept if args.activation_checkpointing else 0)
-    return parts | {"peak": fixed + max(kept + logits + early, last)}
+        gathered = size * (rest + block if args.activation_checkpointing else params) * (dtype == "bf16")
+    parts = {
+        "parameters": 4 * params * share, "gradients": 4 * params * share, "optimizer": 8 * params * share,
+        "weights to compute with": gathered,
+        "activations": tokens * (4 + size) * config.hidden_size  # the last norm
+        + config.num_layers * (inputs if args.activation_checkpointing else layer),
+        "logits": logits,
+    }  # fmt: skip
+    accumulated = parts["gradients"] if tokens * ranks < args.batch * args.seq_len else 0
+    forward_end = parts["activations"] + logits + accumulated
+    inside_mlp = tokens * 4 * size * config.intermediate_size  # gradients of its four activations
+    backward_end = layer + inside_mlp + max(parts["gradients"], args.activation_checkpointing * parts["activations"])
+    return parts | {"peak": parts["parameters"] + parts["optimizer"] + gathered + max(forward_end, backward_end)}
+
+
+def layer_bytes(config: LlamaConfig, size: int, seq_len: int, kernels: bool) -> float:
+    """What a block keeps of a token for its backward pass: two norms, attention's q, k, v and output, and SwiGLU's gate, its
+    silu, up and their product. `size`: bytes of an activation."""
+    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    kept = size * (2 * heads + 2 * kv_heads) + 4 * size * config.intermediate_size
+    if kernels:  # of a norm the sum and its output; log-sum-exps
+        return kept + 2 * (2 * size * config.hidden_size + 4) + 4 * config.num_heads
+    kept += 2 * ((4 + size) * config.hidden_size + 4)  # of a norm its fp32 value and its output
+    if seq_len > LONGEST_BLOCKED:  # keys and values, repeated for all heads
+        return kept + 2 * size * heads
+    return kept + size * config.num_heads * (seq_len + QUERIES) / 2  # probabilities of blocks of queries
 
 
 def block_params(config: LlamaConfig) -> int:
