@@ -133,8 +133,16 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
         return y, x if residual is None else s
     s = x if residual is None else residual + x
     if s.device.type == "cpu":
-        return _RMSNorm.apply(s, weight, eps), s
+        return (_RMSNorm.apply(s, weight, eps) if torch.is_grad_enabled() else _normalized(s, weight, eps)[0]), s
     return F.rms_norm(s.float(), (s.shape[-1],), weight.float(), eps).to(s.dtype), s
+
+
+def _normalized(s: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """norm(s), and in fp32 norm(s) without the weight and what s was multiplied by, (..., 1)."""
+    x = s if s.dtype == torch.float64 else s.float()
+    inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    n = x * inverse
+    return (n * weight).to(s.dtype), n, inverse
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -142,11 +150,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, s, weight, eps):
-        x = s if s.dtype == torch.float64 else s.float()
-        inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        n = x * inverse
+        out, n, inverse = _normalized(s, weight, eps)
         ctx.save_for_backward(n, inverse, weight)
-        return (n * weight).to(s.dtype)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -199,9 +205,14 @@ def rope_tables(inv_freq: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (x[i], x[i + D/2]) of x (B, T, H, D) by their angles: the half-split layout of Hugging Face."""
     if x.device.type == "cpu":
-        return _Rope.apply(x, cos, sin)
+        return _Rope.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
     x32 = x.float()
     return (x32 * cos + x32.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, way: int = 1) -> Tensor:
+    x32 = x.float()
+    return (x32 * cos).addcmul_(x32.roll(x.shape[-1] // 2, -1), sin, value=way).to(x.dtype)
 
 
 class _Rope(torch.autograd.Function):
@@ -210,15 +221,12 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        x32 = x.float()
-        return (x32 * cos).addcmul_(x32.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+        return _turned(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        dy32 = dy.float()
-        return (dy32 * cos).addcmul_(dy32.roll(dy.shape[-1] // 2, -1), sin, value=-1).to(dy.dtype), None, None
+        return _turned(dy, *ctx.saved_tensors, way=-1), None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
