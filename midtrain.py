@@ -468,6 +468,14 @@ def differences(old: dict, new: dict) -> str:
 # Metrics and signals
 
 
+def read_metrics(path: str) -> list[dict]:
+    """The whole rows of a metrics.jsonl; a kill may have cut the last one, which is later than any checkpoint."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
 class MetricsLog:
     """metrics.jsonl, a row a step. Opening it at a checkpoint's step drops what was logged after that step."""
 
@@ -476,12 +484,7 @@ class MetricsLog:
         if not is_first():
             return
         path = os.path.join(stage_dir, "metrics.jsonl")
-        kept = []
-        if os.path.exists(path):
-            with open(path) as f:
-                # A killed process may have cut its last line; it is later than any checkpoint.
-                kept = [line[:-1] for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-        replace_file(path, "\n".join(kept))
+        replace_file(path, "\n".join(json.dumps(row) for row in read_metrics(path) if row["step"] <= step))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
 
     def write(self, row: dict) -> None:
@@ -862,14 +865,6 @@ def report(out: str) -> None:
         f.write(text + "\n")
     draw(os.path.join(out, "midtrain.png"), runs)
     print(f"wrote {out}/midtrain.md and {out}/midtrain.png")
-
-
-def read_metrics(path: str) -> list[dict]:
-    """The whole rows of a metrics.jsonl; a kill may have cut the last one."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
 
 
 def twentieths(rows: list[dict]) -> list[tuple[float, float]]:
