@@ -861,8 +861,7 @@ def report(out: str) -> None:
         )
     text = "\n".join(lines)
     print(text)
-    with open(os.path.join(out, "midtrain.md"), "w") as f:
-        f.write(text + "\n")
+    replace_file(os.path.join(out, "midtrain.md"), text)
     draw(os.path.join(out, "midtrain.png"), runs)
     print(f"wrote {out}/midtrain.md and {out}/midtrain.png")
 

@@ -393,9 +393,8 @@ def _workers(workers: int, out: Path, problems):
     if workers == 1:
         yield None
         return
-    spawn = multiprocessing.get_context(
-        "spawn"
-    )  # a fork would copy the threads of `datasets` in whatever state they are
+    # Not a fork, which would copy the threads of `datasets` in whatever state they are.
+    spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _start_worker, (str(out), list(problems))) as pool:
         yield pool
 
