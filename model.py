@@ -317,43 +317,60 @@ def has_attention_kernel(x: Tensor) -> bool:
 
 
 class KVCache:
-    """Keys and values of past tokens, one slot a sequence.
+    """Keys and values of past tokens: a pool of blocks and, for each slot, the blocks that hold its sequence, in order.
 
-    k, v: (num_layers, slots, num_kv_heads, max_len, head_dim); lengths: (slots,) int64, the tokens present in each slot.
-    A forward with a cache takes tokens (B, T) as the continuation of slots 0..B-1 and writes their keys and values behind
-    what is there. It does not advance `lengths`: the caller adds the true lengths, and right padding is never seen again.
+    k, v: (num_layers, blocks, num_kv_heads, block_len, head_dim); table: (slots, n) int32; lengths: (slots,) int64, the
+    tokens present in each slot. A forward with a cache takes tokens (B, T) as the continuation of slots 0..B-1 and writes
+    their keys and values behind what is there. It does not advance `lengths`: the caller adds the true lengths, and right
+    padding is never seen again.
+
+    Without block_len, slot b is block b, as long as a row may be: attention reads it in place, which is best on a CPU.
+    With it (a pool of `blocks`, paged as in vLLM, Kwon et al. 2023) the owner fills in the table: rows take no more
+    than they need and may share the blocks of a common prompt. Then forwards are of one token a slot.
     """
 
-    def __init__(self, config: LlamaConfig, slots: int, max_len: int, dtype=torch.float32, device="cpu"):
-        shape = (config.num_layers, slots, config.num_kv_heads, max_len, config.head_dim)
+    def __init__(
+        self, config, slots: int, max_len: int, dtype=torch.float32, device="cpu", block_len=None, blocks=None
+    ):
+        self.paged, self.block_len = block_len is not None, block_len or max_len
+        n = -(-max_len // self.block_len)
+        shape = (config.num_layers, blocks or slots * n, config.num_kv_heads, self.block_len, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.max_len = max_len
+        own = torch.arange(slots, dtype=torch.int32, device=device)[:, None]
+        self.table = torch.zeros(slots, n, dtype=torch.int32, device=device) if self.paged else own
+        self.max_len = n * self.block_len
 
-    def copy_row(self, source: "KVCache", src: int, dst: int, length: int) -> None:
-        """Copy the first `length` tokens of slot `src` of `source` into slot `dst` of this cache."""
-        self.k[:, dst, :, :length] = source.k[:, src, :, :length]
-        self.v[:, dst, :, :length] = source.v[:, src, :, :length]
-        self.lengths[dst] = length
+    def copy(self, source: "KVCache", src: int, start: int, stop: int, block: int) -> None:
+        """Tokens start..stop-1 of block `src` of `source` become the first of `block`."""
+        for mine, theirs in ((self.k, source.k), (self.v, source.v)):
+            mine[:, block, :, : stop - start] = theirs[:, src, :, start:stop].to(mine.device)
+
+    def read(self, blocks: list[int], length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` tokens in these blocks, as keys and values (num_layers, num_kv_heads, length, head_dim)."""
+        return tuple(x[:, blocks].transpose(1, 2).flatten(2, 3)[:, :, :length] for x in (self.k, self.v))
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (B, T, K, D) of slots 0..B-1 at positions (B, T)."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        self.k[layer][rows, :, positions] = k.to(self.k.dtype)
-        self.v[layer][rows, :, positions] = v.to(self.v.dtype)
+        blocks = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        if self.paged:
+            blocks, positions = self.table[blocks, positions // self.block_len].long(), positions % self.block_len
+        self.k[layer][blocks, :, positions] = k.to(self.k.dtype)
+        self.v[layer][blocks, :, positions] = v.to(self.v.dtype)
 
 
-def cached_attention(q: Tensor, cache: KVCache, layer: int, mask: Tensor) -> Tensor:
+def cached_attention(q: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
     """Attention of q (B, T, H, D) to slots 0..B-1 of the cache; mask (B, 1, T, max_len) is added → (B, T, H, D).
 
     The query heads of one KV head are rows of one matrix product, so that the cache is read once for all of them. It is
     read as far as it is allocated: on a CPU, bf16 products of whole matrices take a third of the time of those of slices.
     """
     B, T, H, D = q.shape
-    if T == 1 and has_attention_kernel(q):  # a slot is a block as long as a row, so the table of blocks is 0, 1, 2, …
-        table = torch.arange(B, dtype=torch.int32, device=q.device)[:, None]
-        return decode_attention(q[:, 0], cache.k[layer], cache.v[layer], table, cache.lengths[:B] + 1)[:, None]
+    if T == 1 and (cache.paged or has_attention_kernel(q)):
+        lengths = cache.lengths[:B] + 1  # with the token that was just written
+        return decode_attention(q[:, 0], cache.k[layer], cache.v[layer], cache.table[:B], lengths)[:, None]
+    assert not cache.paged, "a paged cache is read one token a slot; compute prompts in a dense one"
     k, v = cache.k[layer, :B], cache.v[layer, :B]  # (B, K, L, D)
     K, L = k.shape[1:3]
     q = (q * D**-0.5).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
@@ -511,7 +528,7 @@ class Llama(nn.Module):
         if cache is not None:
             assert doc_start is None, "a cache holds one document a slot"
             positions = positions + cache.lengths[:B, None]
-            if not kernel or T > 1:
+            if T > 1 or not (kernel or cache.paged):
                 unseen = torch.arange(cache.max_len, device=tokens.device) > positions[:, :, None]  # (B, T, L)
                 mask = torch.zeros(unseen.shape, dtype=self.compute_dtype, device=tokens.device)
                 mask = mask.masked_fill_(unseen, -torch.inf)[:, None]

@@ -9,9 +9,10 @@ The choices that matter:
 
 1. Continuous batching. The rows in progress are always slots 0..B-1 of one KV cache. If a row ends, the last one moves
    into its slot, and one that waits takes the place behind. So nothing is computed for finished rows, and the batch of
-   the long tail is as narrow as it can be.
-2. A group shares its prompt. The n samples of a prompt cost one forward of it, whose keys and values are copied to each
-   sample's slot; their first tokens are drawn from the same probabilities.
+   the long tail is as narrow as it can be. On a GPU the cache is a pool of blocks, given out as rows grow; if it is
+   empty, the last row is put off with what it has, and goes on later. On a CPU a block is as long as a row.
+2. A group shares its prompt. The n samples of a prompt cost one forward of it, whose keys and values they share (whole
+   blocks of them; the rest is copied); their first tokens are drawn from the same probabilities.
 3. Randomness is counted, not consumed: sample j of request i draws its token t with the hash of (seed, i, j, t). So, in
    fp32, a rollout depends on nothing around it: neighbours, slot, the order of the prompts, the number of ranks. (In
    bf16, products of other shapes round differently, and a draw near the border of two tokens may fall to the other.)
@@ -27,7 +28,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,7 +37,12 @@ from data import Parser, run_cli
 from model import KVCache, Llama, read_json
 
 PREFILL_TOKENS = 4096  # prompts computed together, padding included: enough to fill the processor, little to keep
-CACHE_CHUNK = 64  # room in the cache behind the longest prompt; it grows by as much, or an eighth, when that is used up
+CACHE_CHUNK = (
+    64  # room in a dense cache behind the longest prompt; it grows by as much, or an eighth, when that is used
+)
+BLOCK_LEN = 64  # tokens in a block of a paged cache, which is what a GPU gets
+GPU_SHARE = 0.9  # of the GPU's free memory that the cache may take
+LOOK_EVERY = 8  # tokens between two looks of the host at what the GPU has done: each look waits for it
 
 
 @dataclass
@@ -105,8 +111,6 @@ class Policy:
                 probs = truncate(probs, self.top_p, self.top_k, self.min_p)
             token = inverse_cdf(probs, u)
             logp = probs.gather(1, token).log()
-        if not bool(torch.isfinite(logp).all()):
-            raise ValueError("the model's logits are not finite numbers: its weights are damaged or training diverged")
         return token, logp
 
 
@@ -199,58 +203,139 @@ class Stop:
 
 
 @dataclass
+class Computed:
+    """Tokens whose keys and values are there: a prompt, for the rows that will go on from it, or a row that was put off."""
+
+    cache: KVCache
+    source: int  # the block of that cache
+    length: int
+    rows: int = 1  # that still have to copy it
+    blocks: list[int] | None = None  # in a paged cache: its whole blocks, once the first row has copied them
+
+
+@dataclass
 class Row:
     """One sample, from its prompt's forward to its end."""
 
     request: int
     sample: int
-    cache: KVCache | None = None  # where its prompt's keys and values are, until it has a slot
-    source: int = 0  # the prompt's slot there
-    token: int = 0  # its first token
-    logprob: float = 0.0
+    start: Computed | None  # what to put into the cache when it gets a slot
+    tokens: list[int]  # sampled before that
+    logprobs: list[float]
+    limit: int  # of its tokens
+    count: int = 0  # tokens sampled, when the host last looked
+    blocks: list[int] = field(default_factory=list)  # of a paged cache, in the order of the row
+
+
+class Pool:
+    """Which blocks of a paged cache are free, and how many rows read each of the others. Block 0 belongs to nobody."""
+
+    def __init__(self, blocks: int):
+        self.free, self.users = list(range(blocks - 1, 0, -1)), [0] * blocks
+
+    def take(self) -> int:
+        block = self.free.pop()
+        self.users[block] = 1
+        return block
+
+    def share(self, blocks: list[int]) -> list[int]:
+        for block in blocks:
+            self.users[block] += 1
+        return list(blocks)
+
+    def give_back(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.users[block] -= 1
+            if not self.users[block]:
+                self.free.append(block)
 
 
 class Rollout:
-    """The samples of one call: prompts that wait, rows whose prompt is computed, and the rows in slots 0..B-1."""
+    """The samples of one call: prompts that wait, rows that are ready for a slot, and the rows in slots 0..B-1.
 
-    def __init__(self, model: Llama, prompts, keys: Tensor, limits, policy: Policy, stop: Stop, slots: int):
-        """keys: the samples' random streams (requests, n); limits: new tokens of each request."""
+    What is known of a slot lies on the device: the tokens so far, the last one, how many, and whether it is done. A done
+    slot stands still, so the host need not look after every token (on a GPU it looks every LOOK_EVERY), and a step
+    is always the same work on the same tensors, which a CUDA graph repeats.
+    """
+
+    def __init__(self, model: Llama, prompts, keys: Tensor, limits, policy: Policy, stop: Stop, slots: int, blocks):
+        """keys: the random streams (requests, n); limits: tokens of each sample, alike; blocks: (block_len, number)."""
         self.model, self.prompts, self.limits, self.policy, self.stop = model, prompts, limits, policy, stop
         self.device = model.embed.weight.device
         self.keys = keys.to(self.device)
         self.done = [[None] * keys.shape[1] for _ in prompts]
         self.waiting, self.ready, self.rows = deque(range(len(prompts))), deque(), []
         self.slots = min(slots, keys.numel())
-        self.longest = max((len(p) + limit for p, limit in zip(prompts, limits)), default=0)
-        self.cache = self._new_cache(self.slots, min(self.longest, max(map(len, prompts), default=0) + CACHE_CHUNK))
-        shape = (self.slots, max(limits, default=0))
+        self.longest = max((len(p) + max(limit) for p, limit in zip(prompts, limits)), default=1)
+        if blocks is None:  # dense; it grows
+            self.cache, self.pool = self._dense(self.slots, max(map(len, prompts), default=0) + CACHE_CHUNK), None
+        else:
+            config, dtype = model.config, model.compute_dtype
+            self.cache = KVCache(config, self.slots, self.longest, dtype, self.device, *blocks)
+            self.pool, self.table = Pool(blocks[1]), self.cache.table.cpu()  # the host's copy of the table
+        shape = (self.slots, max(map(max, limits), default=0) + 1)  # one more: a done slot may overwrite what is behind
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self.logprobs = torch.zeros(shape, device=self.device)
         self.last, self.count, self.limit, self.key = torch.zeros(4, self.slots, dtype=torch.int64, device=self.device)
+        self.ended = torch.ones(self.slots, dtype=torch.bool, device=self.device)
+        self.graphs = {} if self.device.type == "cuda" else None  # by number of slots
+        self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
 
-    def _new_cache(self, slots: int, length: int) -> KVCache:
-        return KVCache(self.model.config, slots, length, self.model.compute_dtype, self.device)
+    def _dense(self, slots: int, length: int) -> KVCache:
+        return KVCache(self.model.config, slots, min(self.longest, length), self.model.compute_dtype, self.device)
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Fill the free slots, then draw one token for every row in a slot. False when there was nothing left to do."""
+        """Fill the free slots, then draw a token (on a GPU several) for every row in one. False: nothing was left to do."""
         while len(self.rows) < self.slots and (row := self._next_row()):
-            self._place(row)
+            if not self._place(row):
+                self.ready.appendleft(row)
+                break
         if not self.rows:
             return False
-        B = len(self.rows)
-        self._reserve()
+        tokens = min(self.look_every, max(row.limit - row.count for row in self.rows))
+        self._reserve(tokens)
+        for _ in range(tokens):
+            self._advance()
+        self._retire(tokens)
+        return True
+
+    # ------------------------------------------------------------------------------------------------------- on the device
+
+    def _advance(self) -> None:
+        """One token for every row. With CUDA graphs for a rung of the ladder, whose surplus slots are empty and ended."""
+        if self.graphs is None:
+            return self._decode(len(self.rows))
+        B = rung(len(self.rows), self.slots)
+        if B in self.graphs:
+            return self.graphs[B].replay()
+        self._decode(B)  # compiles what is to be compiled
+        self.graphs[B] = self._capture(B)
+
+    def _capture(self, B: int) -> torch.cuda.CUDAGraph:
+        """Record, without running it, a step of B slots. Its tensors stay where they are as long as this rollout lives.
+
+        A rollout records its own graphs: FSDP2's whole weights, and those cast from fp32, lie elsewhere in the next one.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=next((g.pool() for g in self.graphs.values()), None)):
+            self._decode(B)
+        return graph
+
+    def _decode(self, B: int) -> None:
+        """One token for slots 0..B-1. Nothing here depends on what is computed, and nothing is read back."""
         h = self.model.hidden(self.last[:B, None], cache=self.cache)[:, 0]  # (B, hidden)
-        self.cache.lengths[:B] += 1
         u = uniforms(self.key[:B], self.count[:B])
         token, logprob = self.policy.draw(self.model.logits(h), u[:, None])  # (B, 1)
-        column = self.count[:B, None]
-        self.tokens[:B].scatter_(1, column, token)
-        self.logprobs[:B].scatter_(1, column, logprob)
-        self.last[:B] = token[:, 0]
-        self.count[:B] += 1
-        self._retire(self.stop.look[token[:, 0]] | (self.count[:B] >= self.limit[:B]))
-        return True
+        self.tokens[:B].scatter_(1, self.count[:B, None], token)
+        self.logprobs[:B].scatter_(1, self.count[:B, None], logprob)
+        token, going = token[:, 0], ~self.ended[:B]
+        self.cache.lengths[:B] += going
+        self.count[:B] += going
+        self.last[:B] = torch.where(going, token, self.last[:B])
+        self.ended[:B] |= self.stop.look[token] | (self.count[:B] >= self.limit[:B])
+
+    # --------------------------------------------------------------------------------------------------------- on the host
 
     def _next_row(self) -> Row | None:
         """The next row that needs a slot, its prompt computed; None if all have had one."""
@@ -267,67 +352,165 @@ class Rollout:
                 break
             batch.append(self.waiting.popleft())
         lengths = torch.tensor([len(self.prompts[i]) for i in batch], device=self.device)
-        cache = self._new_cache(len(batch), int(lengths.max()))
+        cache = self._dense(len(batch), int(lengths.max()))
         tokens = torch.zeros(len(batch), cache.max_len, dtype=torch.int64)
         for b, i in enumerate(batch):
             tokens[b, : len(self.prompts[i])] = torch.tensor(self.prompts[i])
         h = self.model.hidden(tokens.to(self.device), cache=cache)
-        cache.lengths += lengths
         h = h[torch.arange(len(batch), device=self.device), lengths - 1]  # (b, hidden): what follows the last token
         keys = self.keys[batch]  # (b, n)
         first, logprobs = self.policy.draw(self.model.logits(h), uniforms(keys, torch.zeros_like(keys)))
+        check_finite(logprobs)
         for b, (i, group, logps) in enumerate(zip(batch, first.tolist(), logprobs.tolist())):
+            start = Computed(cache, b, len(self.prompts[i]), rows=0)
             for j, (token, logp) in enumerate(zip(group, logps)):
-                row = Row(i, j, cache, b, token, logp)
-                if not self._finish(row, [token], [logp]):
+                row = Row(i, j, start, [token], [logp], self.limits[i][j])
+                if not self._finish(row):
+                    start.rows += 1
                     self.ready.append(row)
 
-    def _place(self, row: Row) -> None:
-        """Put a row whose prompt is computed into the slot behind the others."""
-        slot = len(self.rows)
-        self.cache.copy_row(row.cache, row.source, slot, len(self.prompts[row.request]))
-        self.tokens[slot, 0], self.logprobs[slot, 0] = row.token, row.logprob
-        self.last[slot], self.count[slot], self.limit[slot] = row.token, 1, self.limits[row.request]
-        self.key[slot] = self.keys[row.request, row.sample]
-        row.cache = None  # the prompts' cache is freed with its last row
-        self.rows.append(row)
-
-    def _retire(self, look: Tensor) -> None:
-        """Take the rows that are finished, among those marked in look (B,), out of their slots."""
-        for slot in reversed(look.nonzero().flatten().tolist()):  # from the back: what moves forward is not finished
-            count = int(self.count[slot])
-            tokens, logprobs = self.tokens[slot, :count].tolist(), self.logprobs[slot, :count].tolist()
-            if self._finish(self.rows[slot], tokens, logprobs):
-                self._move_last(slot)
-
-    def _move_last(self, slot: int) -> None:
-        """Close the hole at `slot` with the last row."""
-        row, last = self.rows.pop(), len(self.rows)
-        if last == slot:
-            return
-        self.cache.copy_row(self.cache, last, slot, int(self.cache.lengths[last]))
-        for state in (self.tokens, self.logprobs, self.last, self.count, self.limit, self.key):
-            state[slot] = state[last]
-        self.rows[slot] = row
-
-    def _finish(self, row: Row, tokens: list[int], logprobs: list[float]) -> bool:
-        """Record the completion of a row if its last token ends it."""
-        stopped = self.stop.ends(tokens)
-        if not stopped and len(tokens) < self.limits[row.request]:
+    def _place(self, row: Row) -> bool:
+        """Put a row into the slot behind the others; False if a paged cache has no room for it now."""
+        slot, start = len(self.rows), row.start
+        if self.pool is None:
+            self.cache.copy(start.cache, start.source, 0, start.length, slot)
+        elif not self._fill_blocks(row):
             return False
-        text = self.stop.visible(tokens).decode("utf-8", "replace")
-        self.done[row.request][row.sample] = Completion(tokens, logprobs, text, "stop" if stopped else "length")
+        row.count, row.start = len(row.tokens), None  # what was computed is freed with its last row
+        self.rows.append(row)
+        self._show(slot)
+        self.cache.lengths[slot] = start.length
+        self.tokens[slot, : row.count] = torch.tensor(row.tokens, device=self.device)
+        self.logprobs[slot, : row.count] = torch.tensor(row.logprobs, device=self.device)
+        self.last[slot], self.count[slot], self.limit[slot] = row.tokens[-1], row.count, row.limit
+        self.key[slot], self.ended[slot] = self.keys[row.request, row.sample], False
         return True
 
-    def _reserve(self) -> None:
-        """Room in the cache for one more token of every row."""
-        old = self.cache.max_len
-        if int(self.cache.lengths[: len(self.rows)].max()) < old:
+    def _retire(self, tokens: int) -> None:
+        """After `tokens` steps: take the rows that are finished out of their slots, and let wrong alarms go on."""
+        for row in self.rows:
+            row.count += tokens
+        flags = self.ended[: len(self.rows)].tolist()
+        for slot in reversed(
+            [slot for slot, flag in enumerate(flags) if flag]
+        ):  # from the back: what moves up is not done
+            row, count = self.rows[slot], int(self.count[slot])
+            check_finite(self.logprobs[slot, :count])
+            row.count, row.tokens = count, self.tokens[slot, :count].tolist()
+            row.logprobs = self.logprobs[slot, :count].tolist()
+            if self._finish(row):
+                self._remove(slot)
+            else:
+                self.ended[slot] = False
+
+    def _remove(self, slot: int) -> Row:
+        """Take a row out of its slot and close the hole with the last row."""
+        row, moved = self.rows[slot], self.rows.pop()
+        last = len(self.rows)
+        if last != slot:
+            self.rows[slot] = moved
+            if self.pool is None:
+                self.cache.copy(self.cache, last, 0, self._cached(moved), slot)
+            for state in (self.tokens, self.logprobs, self.last, self.count, self.limit, self.key, self.ended):
+                state[slot] = state[last]
+            self.cache.lengths[slot] = self.cache.lengths[last]
+            self._show(slot)
+        self.ended[last], self.cache.lengths[last], self.count[last] = True, 0, 0
+        if self.pool is not None:
+            self.pool.give_back(row.blocks)
+            self.table[last] = 0
+        return row
+
+    def _finish(self, row: Row) -> bool:
+        """Record the completion of a row if its last token ends it."""
+        stopped = self.stop.ends(row.tokens)
+        if not stopped and len(row.tokens) < row.limit:
+            return False
+        text = self.stop.visible(row.tokens).decode("utf-8", "replace")
+        completion = Completion(row.tokens, row.logprobs, text, "stop" if stopped else "length")
+        self.done[row.request][row.sample] = completion
+        return True
+
+    def _cached(self, row: Row) -> int:
+        """Tokens of a row in the cache: all but the last."""
+        return len(self.prompts[row.request]) + row.count - 1
+
+    # ------------------------------------------------------------------------------------------------- room in the cache
+
+    def _reserve(self, tokens: int) -> None:
+        """Room for so many more tokens of every row: a longer dense cache, or blocks, for which the last rows give way."""
+        if self.pool is None:
+            old, needed = self.cache, tokens + max(map(self._cached, self.rows))
+            if needed > old.max_len:
+                self.cache = self._dense(self.slots, max(needed, old.max_len + max(CACHE_CHUNK, old.max_len // 8)))
+                self.cache.k[..., : old.max_len, :], self.cache.v[..., : old.max_len, :] = old.k, old.v
+                self.cache.lengths = old.lengths
             return
-        grown = self._new_cache(self.slots, min(self.longest, old + max(CACHE_CHUNK, old // 8)))
-        grown.k[..., :old, :], grown.v[..., :old, :] = self.cache.k, self.cache.v
-        grown.lengths = self.cache.lengths
-        self.cache = grown
+        slot = 0
+        while slot < len(self.rows):
+            row = self.rows[slot]
+            most = len(self.prompts[row.request]) + row.limit - 1
+            short = -(-min(self._cached(row) + tokens, most) // self.cache.block_len) - len(row.blocks)
+            if short <= len(self.pool.free):
+                row.blocks += [self.pool.take() for _ in range(short)]
+                self._show(slot)
+                slot += 1
+            else:
+                self._put_off()
+        self.cache.table.copy_(self.table, non_blocking=True)
+
+    def _fill_blocks(self, row: Row) -> bool:
+        """Give a row blocks of the pool with what it starts from: shared, but for the last, which it will write on."""
+        start, size = row.start, self.cache.block_len
+        whole, rest = divmod(start.length, size)
+        # A block is left to each row that is under way, lest one comes in only to be put off at once.
+        if (whole if start.blocks is None else 0) + 1 + len(self.rows) > len(self.pool.free):
+            if not self.rows:
+                sizes = f"{len(self.pool.users) - 1} blocks of {size} tokens"
+                raise ValueError(f"a request of {start.length + 1} tokens does not fit in the KV cache of {sizes}")
+            return False
+        if start.blocks is None:
+            start.blocks = [self.pool.take() for _ in range(whole)]
+            for i, block in enumerate(start.blocks):
+                self.cache.copy(start.cache, start.source, i * size, i * size + size, block)
+        row.blocks = [*self.pool.share(start.blocks), self.pool.take()]
+        self.cache.copy(start.cache, start.source, start.length - rest, start.length, row.blocks[-1])
+        start.rows -= 1
+        if not start.rows:
+            self.pool.give_back(start.blocks)
+        return True
+
+    def _put_off(self) -> None:
+        """The last row gives up its blocks; what it has computed waits in the host's memory until there is room."""
+        slot = len(self.rows) - 1
+        row = self.rows[slot]
+        if slot == 0:
+            sizes = f"{len(self.pool.users) - 1} blocks of {self.cache.block_len} tokens"
+            raise ValueError(f"a request of {self._cached(row) + 1} tokens does not fit in the KV cache of {sizes}")
+        row.tokens, row.logprobs = (x[slot, : row.count].tolist() for x in (self.tokens, self.logprobs))
+        length = self._cached(row)
+        kept = KVCache(self.model.config, 1, length, self.model.compute_dtype)
+        kept.k[:, 0], kept.v[:, 0] = self.cache.read(row.blocks, length)
+        self._remove(slot)
+        row.start = Computed(kept, 0, length)
+        self.ready.appendleft(row)
+
+    def _show(self, slot: int) -> None:
+        """Write a row's blocks into the host's table."""
+        if self.pool is not None:
+            blocks = self.rows[slot].blocks
+            self.table[slot, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+            self.table[slot, len(blocks) :] = 0
+
+
+def rung(rows: int, slots: int) -> int:
+    """The smallest of 1, 2, 4, 8, 16, 32, 48, … that holds so many rows: for each there is one CUDA graph."""
+    return min(slots, next((b for b in (1, 2, 4, 8) if b >= rows), -(-rows // 16) * 16))
+
+
+def check_finite(logprobs: Tensor) -> None:
+    if not bool(torch.isfinite(logprobs).all()):
+        raise ValueError("the model's logits are not finite numbers: its weights are damaged or training diverged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,16 +521,19 @@ class Sampler:
     """Samples from a model as it is at each call: there is no copy of the weights to keep up to date.
 
     slots: rows computed together; max_len: tokens, prompt included, at which every completion ends (None: no bound).
-    tokenizer may be None: then there are only ids, `text` is "" and nothing stops unless told to.
+    tokenizer may be None: then there are only ids, `text` is "" and nothing stops unless told to. block_len: tokens in
+    a block of the KV cache, 0 for a dense one (None: 64 on a GPU, dense elsewhere); cache_tokens: what the blocks hold
+    together (None: all that the slots may need, on a GPU at most 90 % of the memory that is free).
     """
 
-    def __init__(self, model: Llama, tokenizer, slots: int = 64, max_len: int | None = None):
+    def __init__(self, model: Llama, tokenizer, slots=64, max_len=None, block_len=None, cache_tokens=None):
         if slots < 1:
             raise ValueError(f"slots {slots} must be at least 1")
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
             sizes = f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
             raise ValueError(f"{sizes}: use the tokenizer.model that was saved with the checkpoint")
         self.model, self.tokenizer, self.slots, self.max_len = model, tokenizer, slots, max_len
+        self.block_len, self.cache_tokens = block_len, cache_tokens
         self.stops: dict[tuple, Stop] = {}
 
     def generate(
@@ -356,10 +542,10 @@ class Sampler:
     ) -> list[list[Completion]]:  # fmt: skip
         """n completions of each prompt (a list of token ids), in the order of the prompts.
 
-        max_new_tokens: one number, or one for each prompt. stop: token ids and strings; None means the tokenizer's
-        end-of-text tokens, () that nothing stops. temperature 0 is greedy, log-probabilities as at temperature 1.
-        Sample j of prompt i draws from (seed, request_ids[i], j, position); a request's id is its place in the list
-        unless given.
+        max_new_tokens: one number, one for each prompt, or for each prompt a list of n. stop: token ids and strings; None
+        means the tokenizer's end-of-text tokens, () that nothing stops. temperature 0 is greedy, log-probabilities as at
+        temperature 1. Sample j of prompt i draws from (seed, request_ids[i], j, position); a request's id is its place in
+        the list unless given.
         """
         policy = Policy(temperature, top_p, top_k, min_p)
         rollout = self._rollout(prompts, n, max_new_tokens, policy, seed, stop, request_ids)
@@ -384,17 +570,42 @@ class Sampler:
     def _rollout(self, prompts, n, max_new_tokens, policy, seed, stop, request_ids=None) -> Rollout:
         """Check the requests and line them up."""
         limits = list(max_new_tokens) if hasattr(max_new_tokens, "__len__") else [max_new_tokens] * len(prompts)
+        limits = [list(limit) if hasattr(limit, "__len__") else [limit] * n for limit in limits]
         ids = range(len(prompts)) if request_ids is None else request_ids
         for name, values in (("max_new_tokens", limits), ("request_ids", ids)):
             if len(values) != len(prompts):
                 raise ValueError(f"{name} has {len(values)} numbers for {len(prompts)} prompts")
-        if n < 1 or min(limits, default=1) < 1:
-            raise ValueError(f"n {n} and max_new_tokens {min(limits, default=1)} must be at least 1")
+        least = min((min(limit, default=0) if len(limit) == n else 0 for limit in limits), default=1)
+        if n < 1 or least < 1:
+            raise ValueError(f"n {n} and max_new_tokens {least} must be at least 1, of lists n a prompt")
         for i, prompt in enumerate(prompts):
             self._check_prompt(i, prompt)
         if self.max_len is not None:
-            limits = [min(limit, self.max_len - len(prompt)) for limit, prompt in zip(limits, prompts)]
-        return Rollout(self.model, prompts, stream_keys(seed, ids, n), limits, policy, self._stop(stop), self.slots)
+            limits = [[min(x, self.max_len - len(prompt)) for x in limit] for limit, prompt in zip(limits, prompts)]
+        keys, blocks = stream_keys(seed, ids, n), self._blocks(prompts, limits, n)
+        return Rollout(self.model, prompts, keys, limits, policy, self._stop(stop), self.slots, blocks)
+
+    def _blocks(self, prompts, limits, n: int) -> tuple[int, int] | None:
+        """(block_len, number of blocks) of a paged cache that holds all rows, or what memory allows; None for a dense one."""
+        p = self.model.embed.weight
+        size = self.block_len if self.block_len is not None else BLOCK_LEN if p.is_cuda else 0
+        if not size:
+            return None
+        row = max((-(-(len(prompt) + max(limit)) // size) for prompt, limit in zip(prompts, limits)), default=1)
+        slots = min(self.slots, n * len(prompts))
+        number = slots * (row + 1) + row  # a block more than a row needs, which _fill_blocks leaves free, and a prompt
+        if self.cache_tokens is not None:
+            number = min(number, self.cache_tokens // size)
+        elif p.is_cuda:
+            c = self.model.config
+            one = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size * self.model.compute_dtype.itemsize
+            number = min(number, int(GPU_SHARE * torch.cuda.mem_get_info(p.device)[0]) // one)
+        if number < row:
+            raise ValueError(
+                f"the KV cache has room for {number} blocks of {size} tokens, and a request needs up to {row}: give it more "
+                "memory (cache_tokens), or requests a lower max_new_tokens"
+            )
+        return size, number + 1  # block 0 is scratch
 
     def _stop(self, stop) -> Stop:
         """What to stop at. Kept from call to call: reading a large vocabulary for stop strings takes a second."""

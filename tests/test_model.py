@@ -206,9 +206,28 @@ def test_a_copied_slot_goes_on_like_its_source():
     model(tokens[:, :11], cache=source)
     source.lengths += 11
     for dst, src in ((0, 2), (1, 0)):
-        cache.copy_row(source, src, dst, 11)
+        cache.copy(source, src, 0, 11, dst)
+    cache.lengths[:2] = 11
     logits = model(tokens[[2, 0], 11:], cache=cache)
     assert_close(logits[:, 0], model(tokens[[2, 0]])[:, -1])
+
+
+def test_a_paged_cache_reads_and_writes_through_its_table():
+    """Two rows of 11 tokens in blocks of 4, out of order, the first block shared; then a token behind each."""
+    model, tokens = random_llama(), random_tokens(2, 12)
+    tokens[1, :4] = tokens[0, :4]
+    source, cache = KVCache(model.config, 2, 12), KVCache(model.config, 2, 12, block_len=4, blocks=7)
+    model(tokens[:, :11], cache=source)
+    cache.table[:] = torch.tensor([[5, 2, 6], [5, 1, 3]])
+    for row, blocks in enumerate(cache.table.tolist()):
+        for i, block in enumerate(blocks):
+            cache.copy(source, row, 4 * i, min(4 * i + 4, 11), block)
+    cache.lengths[:] = 11
+    logits = model(tokens[:, 11:], cache=cache)
+    assert_close(logits[:, 0], model(tokens)[:, -1])
+    for row in (0, 1):
+        keys, values = cache.read(cache.table[row].tolist(), 11)
+        assert torch.equal(keys, source.k[:, row, :, :11]) and torch.equal(values, source.v[:, row, :, :11])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

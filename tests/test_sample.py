@@ -379,6 +379,96 @@ def test_a_shared_prompt_and_a_cache_that_grows_change_nothing(monkeypatch):
     assert tokens_of(Sampler(model, None, slots=5).generate(PROMPTS, n=4, max_new_tokens=40)) == tokens_of(shared)
 
 
+@pytest.fixture
+def rollouts(monkeypatch):
+    """The rollouts of the test, and how often a row was put off."""
+    made, init, put_off = [], sample.Rollout.__init__, sample.Rollout._put_off
+
+    def remember(self, *args):
+        init(self, *args)
+        self.times_put_off = 0
+        made.append(self)
+
+    def count(self):
+        self.times_put_off += 1
+        put_off(self)
+
+    monkeypatch.setattr(sample.Rollout, "__init__", remember)
+    monkeypatch.setattr(sample.Rollout, "_put_off", count)
+    return made
+
+
+@pytest.mark.parametrize("block_len, cache_tokens", [(1, None), (4, None), (4, 56), (16, 64), (64, None), (7, 63)])
+def test_a_paged_cache_changes_nothing(block_len, cache_tokens, rollouts):
+    """Blocks of any length, prompts longer and shorter than one, and so few that rows must be put off."""
+    model, how = random_llama(), {"n": 4, "max_new_tokens": 40, "stop": (3, 50)}
+    dense = Sampler(model, None, slots=6).generate(PROMPTS, **how)
+    paged = Sampler(model, None, 6, block_len=block_len, cache_tokens=cache_tokens).generate(PROMPTS, **how)
+    assert tokens_of(paged) == tokens_of(dense)
+    for a, b in zip((c for g in dense for c in g), (c for g in paged for c in g)):
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-5)
+    rollout = rollouts[-1]
+    assert (rollout.times_put_off > 0) == (cache_tokens is not None)
+    assert len(rollout.pool.free) == len(rollout.pool.users) - 1 and not any(rollout.pool.users), "no block is lost"
+
+
+def test_rows_share_the_whole_blocks_of_their_prompt(rollouts):
+    sampler = Sampler(random_llama(), None, slots=8, block_len=4)
+    rollout = sampler._rollout([[5] * 11], 8, 20, Policy(), 0, ())
+    rollout.step()
+    first, *others = (row.blocks for row in rollout.rows)
+    assert all(blocks[:2] == first[:2] and blocks[2] != first[2] for blocks in others)
+    assert [rollout.pool.users[b] for b in first[:3]] == [8, 8, 1]
+
+
+def test_a_request_that_no_cache_can_hold_is_refused():
+    with pytest.raises(ValueError, match="room for 3 blocks of 8 tokens, and a request needs up to 6.*cache_tokens"):
+        Sampler(random_llama(), None, block_len=8, cache_tokens=30).generate(PROMPTS, max_new_tokens=36)
+
+
+@pytest.mark.parametrize("block_len", [0, 4])
+def test_looking_seldom_and_whole_rungs_change_nothing(block_len, rollouts, monkeypatch, words):
+    """What a GPU does, on a CPU: the host looks every few tokens, and a rung's empty slots are computed with the others."""
+    model = random_llama(replace(CONFIG, vocab_size=words.vocab_size))
+    prompts = [words.encode(text) for text in ("the cat", "sat on", "naïve", "User", "End of")]
+    how = {"n": 5, "max_new_tokens": [30, 23, 17, 12, 27], "stop": (7, "t", "o")}
+    plain = Sampler(model, words, slots=11, block_len=block_len).generate(prompts, **how)
+    widths = []
+
+    class Replay:
+        def __init__(self, rollout, B):
+            self.replay = lambda: (widths.append((B, len(rollout.rows))), rollout._decode(B))
+
+    init, decode = sample.Rollout.__init__, sample.Rollout._decode
+
+    def counted(self, B):
+        widths.append((B, len(self.rows)))
+        decode(self, B)
+
+    def like_a_gpu(self, *args):
+        init(self, *args)
+        self.graphs, self.look_every = {}, 8
+
+    monkeypatch.setattr(sample.Rollout, "__init__", like_a_gpu)
+    monkeypatch.setattr(sample.Rollout, "_decode", counted)
+    monkeypatch.setattr(sample.Rollout, "_capture", lambda self, B: Replay(self, B))
+    seldom = Sampler(model, words, slots=11, block_len=block_len).generate(prompts, **how)
+    assert tokens_of(seldom) == tokens_of(plain)
+    assert [[(c.text, c.finish_reason) for c in g] for g in seldom] == [
+        [(c.text, c.finish_reason) for c in g] for g in plain
+    ]
+    assert {c.finish_reason for g in plain for c in g} == {"stop", "length"}
+    assert {B for B, _ in widths} <= {1, 2, 4, 8, 11} and any(rows < B for B, rows in widths)
+
+
+def test_a_limit_for_each_sample():
+    limits = [[3, 9, 1], [5, 2, 8]]
+    results = Sampler(random_llama(), None).generate(PROMPTS[:2], n=3, max_new_tokens=limits, stop=())
+    assert [[len(c.tokens) for c in group] for group in results] == limits
+    with pytest.raises(ValueError, match="of lists n a prompt"):
+        Sampler(random_llama(), None).generate(PROMPTS[:2], n=3, max_new_tokens=[[1, 2], [3, 4]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_next_rollout_has_the_updated_weights(dtype):
     model = random_llama()
