@@ -233,28 +233,35 @@ class _Rope(torch.autograd.Function):
 # Attention: over packed documents (training) and over a KV cache (sampling)
 
 
-def document_mask(doc_start: Tensor, dtype: torch.dtype) -> Tensor:
-    """Added to attention scores, (B, 1, T, T): 0 where token i sees j, doc_start[i] <= j <= i, and -inf elsewhere."""
+def document_mask(doc_start: Tensor, dtype: torch.dtype, prefix: Tensor | None = None) -> Tensor:
+    """Added to attention scores, (B, 1, T, T): 0 where token i sees j and -inf elsewhere.
+
+    i sees j if doc_start[i] <= j <= i, or j < prefix (B,): the tokens that all documents of a row go on from.
+    """
     j = torch.arange(doc_start.shape[1], device=doc_start.device)
-    hidden = (j < doc_start[:, :, None]) | (j > j[:, None])
+    hidden = j < doc_start[:, :, None]
+    if prefix is not None:
+        hidden &= j >= prefix[:, None, None]
+    hidden |= j > j[:, None]
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, mask: Tensor | None = None) -> Tensor:
+def attention(q, k, v, doc_start: Tensor | None, mask: Tensor | None = None, prefix: Tensor | None = None) -> Tensor:
     """Causal grouped-query attention inside documents. q (B, T, H, D), k and v (B, T, K, D) → (B, T, H, D).
 
-    doc_start (B, T), which never falls along a row, or None for one document a row; `mask`: its document_mask(), which all
-    layers share.
+    doc_start (B, T), which never falls along a row, or None for one document a row; prefix (B,): how many tokens at the
+    start of a row all its documents see, none if not given; `mask`: their document_mask(), which all layers share.
     """
     B, T, H, D = q.shape
-    if has_attention_kernel(q):
+    if has_attention_kernel(q) and prefix is None:
         starts = q.new_zeros(B, T, dtype=torch.int32) if doc_start is None else doc_start
         return torch.ops.octo.attention(q, k, v, starts)[0]
     if mask is None and doc_start is not None:
-        mask = document_mask(doc_start, q.dtype)
+        mask = document_mask(doc_start, q.dtype, prefix)
     # On longer rows its probabilities would take too much memory, and a compiler cannot follow where documents begin.
     if mask is not None and q.device.type == "cpu" and T <= LONGEST_BLOCKED and not torch.compiler.is_compiling():
-        return _BlockAttention.apply(q, k, v, mask, doc_start[:, ::QUERIES].amin(0).tolist())
+        common = 0 if prefix is None else int(prefix.max())
+        return _BlockAttention.apply(q, k, v, mask, doc_start[:, ::QUERIES].amin(0).tolist(), common)
     k, v = (x.repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
     return out.transpose(1, 2)
@@ -265,28 +272,29 @@ QUERIES, LONGEST_BLOCKED = 64, 2048  # in a block, on a CPU; the longest row tha
 
 class _BlockAttention(torch.autograd.Function):
     """attention() on a CPU: a block of QUERIES at a time, against no other keys than those between the first that one of
-    them sees and the last. torch's fused kernel visits all keys where there is a mask, and was measured to take 1.5 to 10
-    times as long, forward and backward. The query heads of one KV head are rows of the same product: t * G + g. In bf16
-    scores and probabilities are rounded, which that kernel does not do: up to four times its error where attention is sharp.
+    them sees and the last, and the row's common prefix. torch's fused kernel visits all keys where there is a mask, and was
+    measured to take 1.5 to 10 times as long, forward and backward. The query heads of one KV head are rows of the same
+    product: t * G + g. In bf16 scores and probabilities are rounded, which that kernel does not do: up to four times
+    its error where attention is sharp.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, first):
+    def forward(ctx, q, k, v, mask, first, common):
         B, T, H, D = q.shape
         K, G = k.shape[2], H // k.shape[2]
         grouped = q.view(B, T, K, G, D).permute(0, 2, 1, 3, 4)
         q = torch.mul(grouped, D**-0.5, out=q.new_empty(grouped.shape)).view(B * K, T * G, D)
         k, v = (x.transpose(1, 2).reshape(B * K, T, D) for x in (k, v))
         out, probs = torch.empty_like(q), []
-        for begin, low in zip(range(0, T, QUERIES), first, strict=True):
-            end = min(begin + QUERIES, T)
+        for begin, end, keys in _key_ranges(T, first, common):
             rows = slice(begin * G, end * G)
-            scores = q[:, rows] @ k[:, low:end].mT
-            scores.view(B, K, end - begin, G, end - low).add_(mask[:, :, begin:end, None, low:end])
+            scores = _join([q[:, rows] @ k[:, one].mT for one in keys])
+            seen = _join([mask[:, :, begin:end, None, one] for one in keys])
+            scores.view(B, K, end - begin, G, -1).add_(seen)
             probs.append(scores.softmax(-1))
-            torch.bmm(probs[-1], v[:, low:end], out=out[:, rows])
+            torch.bmm(probs[-1], _join([v[:, one] for one in keys], 1), out=out[:, rows])
         ctx.save_for_backward(q, k, v, *probs)
-        ctx.first, ctx.shape = first, (B, T, K, G, D)
+        ctx.where, ctx.shape = (T, first, common), (B, T, K, G, D)
         return out.view(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
 
     @staticmethod
@@ -296,16 +304,32 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, *probs = ctx.saved_tensors
         do = do.reshape(B, T, K, G, D).transpose(1, 2).reshape(B * K, T * G, D)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for begin, low, p in zip(range(0, T, QUERIES), ctx.first, probs, strict=True):
-            end = min(begin + QUERIES, T)
+        for (begin, end, keys), p in zip(_key_ranges(*ctx.where), probs, strict=True):
             rows = slice(begin * G, end * G)
-            dv[:, low:end].baddbmm_(p.mT, do[:, rows])
-            dp = do[:, rows] @ v[:, low:end].mT
+            dp = _join([do[:, rows] @ v[:, one].mT for one in keys])
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # p * (dp - sum(p * dp))
-            torch.bmm(ds, k[:, low:end], out=dq[:, rows])
-            dk[:, low:end].baddbmm_(ds.mT, q[:, rows])
+            torch.bmm(ds, _join([k[:, one] for one in keys], 1), out=dq[:, rows])
+            sizes = [one.stop - one.start for one in keys]
+            for one, p_one, ds_one in zip(keys, p.split(sizes, -1), ds.split(sizes, -1)):
+                dv[:, one].baddbmm_(p_one.mT, do[:, rows])
+                dk[:, one].baddbmm_(ds_one.mT, q[:, rows])
         dq = dq.mul_(D**-0.5).view(B, K, T, G, D).transpose(1, 2).reshape(B, T, K * G, D)
-        return dq, *(x.view(B, K, T, D).transpose(1, 2) for x in (dk, dv)), None, None
+        return dq, *(x.view(B, K, T, D).transpose(1, 2) for x in (dk, dv)), None, None, None
+
+
+def _key_ranges(T: int, first: list[int], common: int):
+    """For each block of queries: where it begins and ends, and the one or two ranges of keys that it may see."""
+    for begin, low in zip(range(0, T, QUERIES), first, strict=True):
+        end = min(begin + QUERIES, T)
+        yield (
+            begin,
+            end,
+            [slice(0, common), slice(low, end)] if 0 < common < low else [slice(0 if common else low, end)],
+        )
+
+
+def _join(parts: list[Tensor], dim: int = -1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 HEAD_DIMS = (16, 32, 64, 128)  # that the attention kernels have tiles for; others get the plain PyTorch
@@ -412,11 +436,11 @@ class Attention(nn.Module):
         self.o = Linear(config.num_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x, where, layer):
-        rope, doc_start, mask, positions, cache = where
+        rope, doc_start, mask, prefix, positions, cache = where
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))  # (B, T, H or K, D)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is None:
-            out = attention(q, k, v, doc_start, mask)
+            out = attention(q, k, v, doc_start, mask, prefix)
         else:
             cache.write(layer, positions, k, v)
             out = cached_attention(q, cache, layer, mask)
@@ -442,6 +466,7 @@ class Where(NamedTuple):
     rope: tuple[Tensor, Tensor]  # cos and sin of each token's angles
     doc_start: Tensor | None  # (B, T)
     mask: Tensor | None  # the document_mask() of it, where no kernel does without
+    prefix: Tensor | None  # (B,): tokens at the start of a row that all its documents go on from
     positions: Tensor  # (B, T): where the tokens go in the cache
     cache: KVCache | None
 
@@ -508,18 +533,22 @@ class Llama(nn.Module):
         temperature: float = 1.0,
         cache: KVCache | None = None,
         reduction: str = "none",
+        prefix: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens (B, T) int64 → logits (B, T, vocab) in fp32; with targets (B, T) → negative log-likelihoods (B, T) in fp32.
 
         The likelihoods are of logits / temperature; targets below 0 are ignored and give 0. doc_start (B, T) holds the
-        index, within the row, of the first token of each token's document; None means one document a row. With reduction
-        "sum" → (their sum (), all of them (B, T) without gradient): on a GPU that saves one of four products with the
-        vocabulary.
+        index, within the row, of the first token of each token's document; None means one document a row. prefix (B,): so
+        many tokens at the start of a row belong to all documents behind them, which see them and count positions on from
+        them; with it attention goes without the kernel. With reduction "sum" → (their sum (), all of them (B, T) without
+        gradient): on a GPU that saves one of four products with the vocabulary.
         """
-        h = self.hidden(tokens, doc_start, cache)
+        h = self.hidden(tokens, doc_start, cache, prefix)
         return self.logits(h) if targets is None else self.nll(h, targets, temperature, reduction)
 
-    def hidden(self, tokens: Tensor, doc_start: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, doc_start: Tensor | None = None, cache=None, prefix: Tensor | None = None
+    ) -> Tensor:
         """tokens (B, T) → the last layer's normalised activations (B, T, hidden), in compute_dtype."""
         B, T = tokens.shape
         x, residual = self.embed(tokens).to(self.compute_dtype), None
@@ -534,8 +563,11 @@ class Llama(nn.Module):
                 mask = mask.masked_fill_(unseen, -torch.inf)[:, None]
         elif doc_start is not None:
             positions = positions - doc_start
-            mask = None if kernel else document_mask(doc_start, self.compute_dtype)
-        where = Where(rope_tables(self.inv_freq, positions), doc_start, mask, positions, cache)
+            if prefix is not None:
+                positions = positions + prefix[:, None] * (doc_start > 0)
+            mask = None if kernel and prefix is None else document_mask(doc_start, self.compute_dtype, prefix)
+        assert prefix is None or doc_start is not None, "a prefix is followed by documents: give doc_start"
+        where = Where(rope_tables(self.inv_freq, positions), doc_start, mask, prefix, positions, cache)
         for layer, block in enumerate(self.blocks):
             x, residual = block(x, residual, where, layer)
         return self.norm(x, residual)[0]

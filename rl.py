@@ -15,8 +15,10 @@ unnecessary; then one or more clipped policy-gradient updates. The choices that 
 | what                          | flags                                                                                |
 |-------------------------------|--------------------------------------------------------------------------------------|
 | GRPO (DeepSeekMath)           | --loss-agg sequence --kl-coef 0.04                                                   |
-| DAPO, without its resampling  | --clip-high 0.28 --filter drop                                                       |
+| DAPO                          | --clip-high 0.28 --filter refill --overlong punish                                   |
 | Dr. GRPO                      | --advantage mean --loss-agg constant                                                 |
+| GSPO                          | --surrogate gspo --clip-low 3e-4 --clip-high 4e-4 --loss-agg sequence                |
+| CISPO                         | --surrogate cispo --clip-high 4                                                      |
 | OctoThinker, paper            | --preset 1b, 3b or 8b (and --template complex for long chains of thought)            |
 | OctoThinker, released scripts | --prompts-per-step 256 --updates 16 --length-schedule 0:2048,100:4096,160:8192       |
 
@@ -35,7 +37,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,8 +125,8 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
 
 def grpo_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, loss_agg: str = "token", denominator=None,
-    clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, sampler_logp=None, kl_coef=0.0, kl="k3", ref_logp=None,
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, surrogate: str = "clip", loss_agg: str = "token",
+    denominator=None, clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, sampler_logp=None, kl_coef=0.0, kl="k3", ref_logp=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped surrogate of N responses of up to T tokens → (loss, sums over tokens for the metrics).
 
@@ -136,10 +138,22 @@ def grpo_loss(
     ("token"), responses ("sequence"), responses x length cap ("constant"). None: these N are the batch.
     Where old_logp is logp the value says nothing; the gradient is that of the policy, -A * grad logp a token.
     """
-    A = advantages[:, None]  # (N, 1): every token of a response has its response's advantage
-    ratio = (logp - old_logp).clamp(-20, 20).exp()  # w = pi / pi_old; exp(20) is as good as infinite
+    A, lengths = advantages[:, None], mask.sum(1)  # (N, 1): every token has its response's advantage; |o_i|
+    change = (logp - old_logp).clamp(-20, 20)  # log w; exp(20) is as good as infinite
+    if (
+        surrogate == "gspo"
+    ):  # GSPO (2507.18071): one w a response, the mean of its tokens', here with a token's gradient
+        mean = (change.detach() * mask).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None]
+        change = mean + logp - logp.detach()
+    ratio = change.exp()  # w = pi / pi_old
     # PPO (1707.06347), GRPO: min(w A, clip(w, 1 - low, 1 + high) A).  DAPO (2503.14476): high > low.
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
+    if (
+        surrogate == "cispo"
+    ):  # MiniMax-M1 (2506.13585): min(w, 1 + high) A log pi, w without gradient: no token loses its own
+        objective = ratio.detach().clamp(max=1 + clip_high) * A * logp
+    elif surrogate not in ("clip", "gspo"):
+        raise ValueError(f'unknown surrogate "{surrogate}"; valid: clip, gspo, cispo')
     if dual_clip:  # Ye et al. 2020 (1912.09729): for A < 0, max(min(w A, clip(w) A), c A)
         objective = torch.where(A < 0, torch.maximum(objective, dual_clip * A), objective)
     loss = -objective
@@ -148,7 +162,6 @@ def grpo_loss(
     if kl_coef:
         loss = loss + kl_coef * kl_estimate(logp, ref_logp, kl)
 
-    lengths = mask.sum(1)  # |o_i|
     if loss_agg == "token":  # sum_i sum_t l / sum_i |o_i|: every token weighs the same (DAPO)
         own = lengths.sum()
     elif loss_agg == "sequence":  # 1/N sum_i 1/|o_i| sum_t l: every response weighs the same (GRPO)
@@ -159,11 +172,20 @@ def grpo_loss(
         raise ValueError(f'unknown loss aggregation "{loss_agg}"; valid: token, sequence, constant')
     loss = (loss * mask).sum() / (own if denominator is None else denominator)
 
-    low, high = (A < 0) & (ratio < 1 - clip_low), (A > 0) & (ratio > 1 + clip_high)  # where there is no gradient
+    low, high = (A < 0) & (ratio < 1 - clip_low), (A > 0) & (ratio > 1 + clip_high)  # where "clip" has no gradient
     sums = {"tokens": lengths.sum(), "clip_low": (low * mask).sum(), "clip_high": (high * mask).sum()}
     if ref_logp is not None:
         sums["kl"] = (kl_estimate(logp.detach(), ref_logp, "k3") * mask).sum()
     return loss, sums
+
+
+def overlong_penalty(length: int, cap: int) -> float:
+    """DAPO's soft overlong punishment (2503.14476, eq. 13): 0 up to 4/5 of the cap, then linear to -1 at the cap.
+
+    The buffer, a fifth of the cap, is theirs: 4,096 of 20,480 tokens.
+    """
+    buffer = cap / 5
+    return min(0.0, (cap - buffer - length) / buffer)
 
 
 def parse_schedule(text: str) -> dict[int, int]:
@@ -205,6 +227,7 @@ class Sample:
     logprobs: list[float]  # the sampler's
     text: str
     stopped: bool  # False: cut at the length cap
+    right: bool
     reward: float
     advantage: float
     signal: bool  # do the rewards of its group differ?
@@ -221,7 +244,8 @@ def over_ranks(values: list[float], world: midtrain.World, op=dist.ReduceOp.SUM)
 def answer(sampler: Sampler, asked: list[dict], n: int, cap: int, temperature: float, first_id: int, args, world):
     """n scored answers to each of this rank's problems (every size-th) → list of Samples, a group's one after another.
 
-    Answer j to the i-th problem draws from (seed, first_id + i, j), on whatever rank it is made.
+    Answer j to the i-th problem draws from (seed, first_id + i, j), on whatever rank it is made. Ranks do not steal
+    problems from each other: in bf16 a rollout depends on its neighbours, and so would depend on the ranks' speed.
     """
     mine = range(world.rank, len(asked), world.size)
     completions = sampler.generate(
@@ -230,20 +254,39 @@ def answer(sampler: Sampler, asked: list[dict], n: int, cap: int, temperature: f
     )  # fmt: skip
     samples = []
     for i, group in zip(mine, completions, strict=True):
-        rewards = torch.tensor([[verify.reward(c.text, asked[i]["answer"]) for c in group]])  # (1, G)
+        scores = [score(c.text, asked[i]) for c in group]
+        punished = [overlong_penalty(len(c.tokens), cap) if args.overlong == "punish" else 0.0 for c in group]
+        rewards = torch.tensor([[r + p for r, p in zip(scores, punished)]], dtype=torch.float64)  # (1, G)
         signal, values = has_signal(rewards).item(), advantages(rewards, args.advantage)[0].tolist()
-        for c, r, value in zip(group, rewards[0].tolist(), values, strict=True):
-            stopped = c.finish_reason == "stop"
-            samples.append(Sample(i, asked[i]["tokens"], c.tokens, c.logprobs, c.text, stopped, r, value, signal))
+        for c, r, reward, value in zip(group, scores, rewards[0].tolist(), values, strict=True):
+            stopped, right = c.finish_reason == "stop", r > 0
+            prompt = asked[i]["tokens"]
+            samples.append(Sample(i, prompt, c.tokens, c.logprobs, c.text, stopped, right, reward, value, signal))
     return samples
+
+
+def score(text: str, row: dict) -> float:
+    """verify.reward, which whoever forks this may have replaced: what it returns must be a number."""
+    r = verify.reward(text, row["answer"])
+    if not isinstance(r, (int, float)) or not math.isfinite(r):
+        raise ValueError(f"the reward of {text[:60]!r} is {r!r}, not a finite number (answer {row['answer']!r})")
+    return float(r)
+
+
+def informative(samples: list[Sample], groups: int, world: midtrain.World) -> list[int]:
+    """Which of the groups 0..groups-1 have rewards that differ, on whatever rank they are."""
+    flags = [0.0] * groups
+    for s in samples:
+        flags[s.group] = float(s.signal)
+    return [group for group, flag in enumerate(over_ranks(flags, world, dist.ReduceOp.MAX)) if flag]
 
 
 def answer_metrics(samples: list[Sample], world: midtrain.World) -> dict[str, float | None]:
     """Means over the answers of all ranks; lengths in tokens, None where there is nothing to average."""
     sums = torch.zeros(8, dtype=torch.float64)
     for s in samples:
-        right, length = s.reward > 0, len(s.tokens)
-        row = (1, length, right, right * length, s.reward, not s.stopped, not s.signal, -sum(s.logprobs))
+        length = len(s.tokens)
+        row = (1, length, s.right, s.right * length, s.reward, not s.stopped, not s.signal, -sum(s.logprobs))
         sums += torch.tensor(row, dtype=torch.float64)
     n, tokens, correct, tokens_right, reward, cut, silent, nll = over_ranks(sums.tolist(), world)
     return {
@@ -282,6 +325,7 @@ class MicroBatch:
     tokens: Tensor  # (B, W) prompts and responses, several to a row
     targets: Tensor  # (B, W) the next token where that was sampled, else -1
     doc_start: Tensor  # (B, W)
+    prefix: Tensor | None  # (B,) tokens of the prompt that all responses of a row go on from; None: each has its own
     place: Tensor  # (N, T) flat index in (B, W) of the position that predicts token t of response i
     mask: Tensor  # (N, T) 1 where response i has a token t
     advantages: Tensor  # (N,)
@@ -303,44 +347,78 @@ def pack(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def collate(rows: list[list[Sample]], device) -> MicroBatch:
-    """Rows of samples → tensors. A sequence goes in without its last token, from which nothing is predicted.
+def shares_prompts(device) -> bool:
+    """Whether a group's prompt is computed once in the update: on a CPU. The GPU's attention kernel has no common prefix."""
+    return torch.device(device).type == "cpu"
+
+
+def pack_samples(samples: list[Sample], width: int, share: bool) -> list[list[Sample]]:
+    """Samples → rows of at most `width` tokens (or as long as the longest), full ones first.
+
+    A sequence goes in without its last token, from which nothing is predicted. If prompts are shared a row holds answers
+    to one problem, and its prompt once but for the last token, which is at the start of each answer.
+    """
+    if not share:
+        lengths = [len(s.prompt) + len(s.tokens) - 1 for s in samples]
+        return [[samples[i] for i in row] for row in pack(lengths, max([width, *lengths]))]
+    rows, groups = [], {}
+    for s in samples:
+        groups.setdefault(s.group, []).append(s)
+    for group in groups.values():
+        lengths, prefix = [len(s.tokens) for s in group], len(group[0].prompt) - 1
+        rows += [[group[i] for i in row] for row in pack(lengths, max([width - prefix, *lengths]))]
+    return sorted(rows, key=lambda row: -row_length(row, share))  # rows of a kind side by side: little padding
+
+
+def row_length(row: list[Sample], share: bool) -> int:
+    prefix = len(row[0].prompt) - 1
+    return sum(len(s.tokens) for s in row) + (prefix if share else sum(len(s.prompt) - 1 for s in row))
+
+
+def collate(rows: list[list[Sample]], device, share: bool = False) -> MicroBatch:
+    """Rows of samples (see pack_samples) → tensors.
 
     No rows make a micro-batch without responses: a rank without work runs it, to take part in the collectives.
     """
     samples = [s for row in rows for s in row]
     N, T = len(samples), max((len(s.tokens) for s in samples), default=1)
-    B, W = max(1, len(rows)), max((sum(len(s.prompt + s.tokens) - 1 for s in row) for row in rows), default=1)
+    B, W = max(1, len(rows)), max((row_length(row, share) for row in rows), default=1)
     tokens, targets, doc_start = np.zeros((B, W), int), np.full((B, W), -1), np.zeros((B, W), int)
     place, mask, sampler_logp = np.zeros((N, T), int), np.zeros((N, T), np.float32), np.zeros((N, T), np.float32)
-    i = 0
+    i, prefix = 0, np.zeros(B, int)
     for b, row in enumerate(rows):
-        at = 0
+        at = prefix[b] = len(row[0].prompt) - 1 if share else 0
+        tokens[b, :at] = row[0].prompt[:at]
         for s in row:
-            n, first = len(s.tokens), at + len(s.prompt) - 1  # the prompt's last token predicts the response's first
-            end = first + n
-            tokens[b, at:end], targets[b, first:end], doc_start[b, at:end] = (s.prompt + s.tokens)[:-1], s.tokens, at
+            ids = (s.prompt[-1:] if share else s.prompt) + s.tokens
+            n, end = len(s.tokens), at + len(ids) - 1
+            first = end - n  # the prompt's last token predicts the response's first
+            tokens[b, at:end], targets[b, first:end], doc_start[b, at:end] = ids[:-1], s.tokens, at
             place[i, :n], mask[i, :n], sampler_logp[i, :n] = b * W + np.arange(first, end), 1, s.logprobs
             i, at = i + 1, end
         doc_start[b, at:] = at  # what is left of the row is a document of its own
     value = np.array([s.advantage for s in samples], np.float32)
-    arrays = (tokens, targets, doc_start, place, mask, value, sampler_logp)
-    return MicroBatch(*(torch.from_numpy(x).to(device) for x in arrays))
+    arrays = (tokens, targets, doc_start, prefix, place, mask, value, sampler_logp)
+    batch = MicroBatch(*(torch.from_numpy(x).to(device) for x in arrays))
+    batch.prefix = batch.prefix if share else None
+    return batch
 
 
 def micro_batches(samples: list[Sample], args, world: midtrain.World) -> list[MicroBatch]:
     """Samples packed into rows of row_tokens (or the longest), micro_tokens to a micro-batch; as many on every rank."""
-    lengths = [len(s.prompt) + len(s.tokens) - 1 for s in samples]
-    width = max([args.row_tokens, *lengths])
-    rows, height = [[samples[i] for i in row] for row in pack(lengths, width)], max(1, args.micro_tokens // width)
-    parts = [rows[i : i + height] for i in range(0, len(rows), height)]
+    share, parts = shares_prompts(world.device), []
+    for row in pack_samples(samples, args.row_tokens, share):
+        if parts and (len(parts[-1]) + 1) * row_length(parts[-1][0], share) <= args.micro_tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
     most = int(over_ranks([len(parts)], world, dist.ReduceOp.MAX)[0])  # every rank must join every collective
-    return [collate(part, world.device) for part in parts + [[]] * (most - len(parts))]
+    return [collate(part, world.device, share) for part in parts + [[]] * (most - len(parts))]
 
 
 def log_probs(model: Llama, b: MicroBatch, temperature: float) -> Tensor:
     """Log-probabilities (N, T) of the sampled tokens at the temperature of sampling; any number where mask is 0."""
-    return -model(b.tokens, b.targets, b.doc_start, temperature).flatten()[b.place]
+    return -model(b.tokens, b.targets, b.doc_start, temperature, prefix=b.prefix).flatten()[b.place]
 
 
 def update(model, reference, optimizer, samples: list[Sample], cap: int, args, world: midtrain.World) -> dict:
@@ -381,9 +459,9 @@ def backward(model, b: MicroBatch, total: float, sums: dict[str, float], args, w
     logp = log_probs(model, b, args.temperature)
     old_logp = logp.detach() if b.old_logp is None else b.old_logp  # one update a rollout: the ratio is 1 by definition
     loss, parts = grpo_loss(
-        logp, old_logp, b.advantages, b.mask, loss_agg=args.loss_agg, denominator=total, clip_low=args.clip_low,
-        clip_high=args.clip_high, dual_clip=args.dual_clip, is_cap=args.is_cap, sampler_logp=b.sampler_logp,
-        kl_coef=args.kl_coef, kl=args.kl, ref_logp=b.ref_logp,
+        logp, old_logp, b.advantages, b.mask, surrogate=args.surrogate, loss_agg=args.loss_agg, denominator=total,
+        clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip, is_cap=args.is_cap,
+        sampler_logp=b.sampler_logp, kl_coef=args.kl_coef, kl=args.kl, ref_logp=b.ref_logp,
     )  # fmt: skip
     (loss * world.size).backward()  # FSDP2 averages gradients over ranks; `total` already is a sum over them
     gap = (old_logp - b.sampler_logp) * b.mask  # sampler against trainer: 0 but for rounding
@@ -511,22 +589,40 @@ class Run:
                 raise SystemExit(128 + signum)
         self.say(f"done: {self.saved}")
 
+    def rollout(self, cap: int) -> tuple[list[dict], list[Sample], list[Sample]]:
+        """(problems asked, all answers, those to learn from). Everything random follows from (seed, step).
+
+        With --filter refill (DAPO's dynamic sampling) further problems are asked, --refills times at most, until as many
+        groups as a step has problems have a signal; only these are learned from, each step's the first in the order asked.
+        """
+        args, P = self.args, self.args.prompts_per_step
+        asked, samples, rounds = [], [], 1 + args.refills if args.filter == "refill" else 1
+        for i in range(self.step * rounds, (self.step + 1) * rounds):
+            more = [self.train[j] for j in prompt_order(len(self.train), P, i, args.seed)]
+            made = answer(self.sampler, more, args.rollouts, cap, args.temperature, i * P, args, self.world)
+            samples += [replace(s, group=s.group + len(asked)) for s in made]
+            asked += more
+            groups = informative(samples, len(asked), self.world) if args.filter == "refill" else range(P)
+            if len(groups) >= P:
+                break
+        number = {group: i for i, group in enumerate(groups[:P])}
+        return asked, samples, [replace(s, group=number[s.group]) for s in samples if s.group in number]
+
     def train_step(self) -> dict:
-        """Rollout, rewards, update → a row of metrics. Everything random follows from (seed, step)."""
+        """Rollout, rewards, update → a row of metrics."""
         args, world, step, start = self.args, self.world, self.step, time.perf_counter()
-        cap, P = length_cap(args.stairs, step), args.prompts_per_step
-        asked = [self.train[i] for i in prompt_order(len(self.train), P, step, args.seed)]
+        cap = length_cap(args.stairs, step)
         with unsharded(self.model):
-            samples = answer(self.sampler, asked, args.rollouts, cap, args.temperature, step * P, args, world)
-        row = {"step": step + 1, "cap": cap, "lr": args.lr, **answer_metrics(samples, world)}
+            asked, samples, kept = self.rollout(cap)
+        row = {"step": step + 1, "cap": cap, "lr": args.lr, "asked": len(asked), **answer_metrics(samples, world)}
         sampled = time.perf_counter()
-        row |= update(self.model, self.reference, self.optimizer, samples, cap, args, world)
+        row |= update(self.model, self.reference, self.optimizer, kept, cap, args, world)
         self.step, updated = step + 1, time.perf_counter()
         if self.step % args.text_every == 0:
             write_rollouts(f"{self.folder}/rollouts/step_{self.step:06d}.jsonl", samples, asked, world)
         roll, upd = sampled - start, updated - sampled
         row |= {"time_rollout": roll, "time_update": upd, "share_rollout": roll / (roll + upd)}
-        made = row["length"] * P * args.rollouts
+        made = row["length"] * len(asked) * args.rollouts
         return row | {"rollout_tokens_per_s": made / roll, "update_tokens_per_s": row["trained_tokens"] / upd}
 
     def evaluate(self) -> dict:
@@ -673,6 +769,7 @@ def parse_args():
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling, and of the policy that is trained")
     p.add_argument("--advantage", default="group", choices=("group", "mean", "rloo"), help="see advantages()")
+    p.add_argument("--surrogate", default="clip", choices=("clip", "gspo", "cispo"), help="see grpo_loss()")
     p.add_argument("--loss-agg", default="token", choices=("token", "sequence", "constant"), help="see grpo_loss()")
     p.add_argument("--clip-low", type=float, default=0.2, help="a ratio may fall to 1 - this")
     p.add_argument("--clip-high", type=float, default=0.2, help="and grow to 1 + this; DAPO: 0.28")
@@ -680,8 +777,19 @@ def parse_args():
     p.add_argument("--is-cap", type=float, default=0.0, help="truncated importance weights for the gap (2; 0: off)")
     p.add_argument("--kl-coef", type=float, default=0.0, help="pull towards the starting point (0: it is not loaded)")
     p.add_argument("--kl", default="k3", choices=("k1", "k2", "k3"), help="see kl_estimate()")
-    p.add_argument("--filter", default="none", choices=("none", "drop"), help="drop: equal rewards do not count")
-    p.add_argument("--overlong", default="keep", choices=("keep", "mask"), help="mask: truncated answers do not count")
+    p.add_argument(
+        "--filter",
+        default="none",
+        choices=("none", "drop", "refill"),
+        help="groups of equal rewards: drop does not count them, refill asks others in their place (DAPO)",
+    )
+    p.add_argument("--refills", type=int, default=4, metavar="N", help="times to ask others at most in a step")
+    p.add_argument(
+        "--overlong",
+        default="keep",
+        choices=("keep", "mask", "punish"),
+        help="mask: truncated answers do not count; punish: answers near the cap lose up to 1 of their reward (DAPO)",
+    )
     p.add_argument("--log-every", type=int, default=1, help="steps between lines; metrics.jsonl has every step")
     for name, (ours, paper, text) in SIZES.items():
         flag, text = "--" + name.replace("_", "-"), f"{text} (tiny {ours}, paper {paper})"
@@ -705,7 +813,7 @@ def check(args) -> None:
     for name in ("log_every", "threads", *SIZES):
         if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name in ("seed", "clip_low", "clip_high", "dual_clip", "is_cap", "kl_coef"):
+    for name in ("seed", "refills", "clip_low", "clip_high", "dual_clip", "is_cap", "kl_coef"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
     if args.temperature <= 0:

@@ -130,9 +130,9 @@ def our_step(model: Llama, lengths: list[int]):
     """Rollout, rewards, packed update by rl.py's own functions."""
     sampler, optimizer = Sampler(model, None, slots=128), midtrain.make_optimizer(model, 1e-6, weight_decay=0.0)
     args = SimpleNamespace(
-        prompts_per_step=P, rollouts=G, updates=1, filter="none", overlong="keep", loss_agg="token", clip_low=0.2,
-        clip_high=0.2, dual_clip=0.0, is_cap=0.0, kl_coef=0.0, kl="k3", temperature=1.0, row_tokens=1024,
-        micro_tokens=4096,
+        prompts_per_step=P, rollouts=G, updates=1, filter="none", overlong="keep", surrogate="clip", loss_agg="token",
+        clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, kl_coef=0.0, kl="k3", temperature=1.0, row_tokens=2048,
+        micro_tokens=2048,
     )  # fmt: skip
     ids, world = prompts(P), midtrain.World()
 
@@ -142,7 +142,7 @@ def our_step(model: Llama, lengths: list[int]):
         rewards = torch.tensor([[score(c.tokens) for c in group] for group in groups])
         values, signal = rl.advantages(rewards).tolist(), rl.has_signal(rewards).tolist()
         samples = [
-            rl.Sample(i, ids[i], c.tokens, c.logprobs, "", True, rewards[i, j].item(), values[i][j], signal[i])
+            rl.Sample(i, ids[i], c.tokens, c.logprobs, "", True, True, rewards[i, j].item(), values[i][j], signal[i])
             for i, group in enumerate(groups)
             for j, c in enumerate(group)
         ]

@@ -35,9 +35,10 @@ MICRO = LlamaConfig(32, 1, 16, 2, 1, 8, 32, rope_theta=10_000.0, max_position=64
 def settings(**changes):
     """What the update and the rollout read of the command line."""
     args = {
-        "prompts_per_step": 4, "rollouts": 2, "updates": 1, "filter": "none", "overlong": "keep", "loss_agg": "token",
-        "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "is_cap": 0.0, "kl_coef": 0.0, "kl": "k3",
-        "temperature": 1.0, "advantage": "group", "row_tokens": 24, "micro_tokens": 48, "seed": 0, "stop": (),
+        "prompts_per_step": 4, "rollouts": 2, "updates": 1, "filter": "none", "refills": 4, "overlong": "keep",
+        "surrogate": "clip", "loss_agg": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "is_cap": 0.0,
+        "kl_coef": 0.0, "kl": "k3", "temperature": 1.0, "advantage": "group", "row_tokens": 24, "micro_tokens": 48,
+        "seed": 0, "stop": (),
     }  # fmt: skip
     return SimpleNamespace(**(args | changes))
 
@@ -214,7 +215,7 @@ def some_samples(groups=4, seed=0, signal=lambda g: True):
             tokens = [rng.randrange(32) for _ in range(rng.randint(1, 12))]
             advantage, reward = (sign * (g + 1), sign) if signal(g) else (0.0, -1.0)
             logprobs = [-3.0] * len(tokens)
-            samples.append(rl.Sample(g, prompt, tokens, logprobs, "", True, reward, advantage, signal(g)))
+            samples.append(rl.Sample(g, prompt, tokens, logprobs, "", True, reward > 0, reward, advantage, signal(g)))
     return samples
 
 
@@ -401,7 +402,9 @@ def bandit(twist, steps=80):
         rewards = torch.where(tokens == right, 1.0, -1.0)
         A, signal = twist(rl.advantages(rewards), generator), rl.has_signal(rewards)
         samples = [
-            rl.Sample(i, contexts[i], c.tokens, c.logprobs, "", True, r.item(), a.item(), signal[i].item())
+            rl.Sample(
+                i, contexts[i], c.tokens, c.logprobs, "", True, r.item() > 0, r.item(), a.item(), signal[i].item()
+            )
             for i, group in enumerate(answers)
             for c, r, a in zip(group, rewards[i], A[i])
         ]
