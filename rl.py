@@ -24,6 +24,7 @@ unnecessary; then one or more clipped policy-gradient updates. The choices that 
 
     python rl.py --branch long                                           # from runs/tiny/long, in runs/tiny/rl-long
     python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl       # rows {"problem": ..., "answer": ...}
+    python rl.py --ckpt DIR --prompts hub:openai/gsm8k:main --eval gsm8k --data DATA
     torchrun --nproc_per_node=8 rl.py --branch long --preset 3b          # in runs/3b; on a CPU, the same with gloo
     python rl.py --report --out runs/tiny                                # table and picture of all its rl-* runs
     python rl.py --report --out runs/tiny,runs/seed1,runs/seed2          # mean and range over them
@@ -47,7 +48,7 @@ from torch import Tensor
 
 import midtrain
 import verify
-from data import Parser, prompts, run_cli, synth
+from data import Parser, benchmarks, prepare, prompts, run_cli, synth
 from model import Llama
 from sample import Sampler, find_checkpoint, load, unsharded
 
@@ -126,7 +127,8 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 
 def grpo_loss(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, surrogate: str = "clip", loss_agg: str = "token",
-    denominator=None, clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, sampler_logp=None, kl_coef=0.0, kl="k3", ref_logp=None,
+    denominator=None, clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, sampler_logp=None, kl_coef=0.0, kl="k3",
+    ref_logp=None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped surrogate of N responses of up to T tokens → (loss, sums over tokens for the metrics).
 
@@ -428,7 +430,7 @@ def update(model, reference, optimizer, samples: list[Sample], cap: int, args, w
     still count in the denominator, the loss being a mean over all answers; --filter drop takes them out of it.
     """
     size = args.prompts_per_step // args.updates
-    kept = [s for s in samples if (s.signal or args.filter == "none") and (s.stopped or args.overlong == "keep")]
+    kept = [s for s in samples if (s.signal or args.filter == "none") and (s.stopped or args.overlong != "mask")]
     parts = [[s for s in kept if s.group // size == u] for u in range(args.updates)]
     batches = [micro_batches([s for s in part if s.advantage or args.kl_coef], args, world) for part in parts]
     with torch.no_grad():  # before the first update changes the weights
@@ -485,19 +487,37 @@ def optimizer_step(model, optimizer) -> float:
 # Problems
 
 
-def read_problems(path: str) -> list[dict]:
-    """JSON lines with "problem" and "answer"; ValueError names the file and the line that is wrong."""
-    rows = list(verify.read_rows(path, (("problem", "answer"),)))
+def read_problems(source: str, data: str | None) -> list[dict]:
+    """Rows {"problem", "answer"} of a file of JSON lines, a benchmark (from the folder `data` or the hub) or hub:ID."""
+    if source in benchmarks.BENCHMARKS and not os.path.exists(source):
+        return benchmarks.read(source, data, None)
+    is_hub = source.startswith("hub:")
+    rows = list(hub_problems(source[4:]) if is_hub else verify.read_rows(source, (("problem", "answer"),)))
     if not rows:
-        raise ValueError(f"{path} holds no problem")
+        raise ValueError(f"{source} holds no problem")
     return rows
+
+
+def hub_problems(where: str):
+    """Problems of a data set of the hub, ID[:PART[:SPLIT]], with the usual columns: a question or problem; an answer,
+    GSM8K's with its reasoning before ####, or a solution whose last box it is."""
+    for number, (what, row) in enumerate(prepare.corpus_rows(prepare.hub_corpus("qa", where), Path(), 0, None), 1):
+        problem, answer = row.get("problem") or row.get("question"), row.get("answer")
+        if answer is None:
+            answer = benchmarks.last_box(str(row.get("solution")))
+        answer = str(answer).rpartition("####")[2].strip()
+        if not isinstance(problem, str) or not answer:
+            raise ValueError(f"{what}: row {number} has no problem with an answer; its columns: {', '.join(row)}")
+        yield {"problem": problem, "answer": answer}
 
 
 def load_problems(args, tok) -> tuple[list[dict], list[dict]]:
     """(to train on, held out), with each prompt's ids as "tokens"; training prompts that are too long are left out."""
-    train = read_problems(args.prompts) if args.prompts else synth.problems("train", WORLD_PROBLEMS, args.seed)
+    train = (
+        read_problems(args.prompts, args.data) if args.prompts else synth.problems("train", WORLD_PROBLEMS, args.seed)
+    )
     if args.eval:
-        held_out = read_problems(args.eval)[: args.eval_problems]
+        held_out = read_problems(args.eval, args.data)[: args.eval_problems]
     elif args.prompts:  # a tenth of the file at most
         k = min(args.eval_problems, max(1, len(train) // 10))
         if len(train) < 2:
@@ -509,12 +529,14 @@ def load_problems(args, tok) -> tuple[list[dict], list[dict]]:
         held_out = synth.problems("test", args.eval_problems)
     for row in train + held_out:
         row["tokens"] = tok.encode(prompts.TEMPLATES[args.template](row["problem"]))
-    kept = [row for row in train if len(row["tokens"]) <= args.max_prompt]
+    lengths = [len(row["tokens"]) for row in train]
+    kept = [row for row, length in zip(train, lengths) if length <= args.max_prompt]
     if not kept:
-        shortest = min(len(row["tokens"]) for row in train)
-        raise ValueError(f"no prompt is within --max-prompt {args.max_prompt}: the shortest has {shortest} tokens")
+        raise ValueError(f"no prompt is within --max-prompt {args.max_prompt}: the shortest has {min(lengths)} tokens")
     if len(kept) < len(train):
-        midtrain.say(f"{len(train) - len(kept)} of {len(train)} prompts left out: longer than {args.max_prompt} tokens")
+        longest = f"the longest, problem {lengths.index(max(lengths)) + 1}, has {max(lengths)}"
+        said = f"{len(train) - len(kept)} of {len(train)} prompts left out: longer than --max-prompt {args.max_prompt} tokens"
+        midtrain.say(f"{said} ({longest})")
     return kept, held_out
 
 
@@ -760,8 +782,17 @@ def parse_args():
     )
     p.add_argument("--out", metavar="DIR", help="folder of the runs (default runs/PRESET); this one is DIR/rl-START")
     p.add_argument("--preset", default="tiny", choices=PRESETS, help="which sizes (default tiny)")
-    p.add_argument("--prompts", metavar="FILE", help="JSON lines of problem and answer (default: the generated world)")
-    p.add_argument("--eval", metavar="FILE", help="held out (default: a tenth of --prompts, or the world's test split)")
+    p.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="JSON lines of problem and answer, or hub:ID[:PART[:SPLIT]] (default: the generated world)",
+    )
+    p.add_argument(
+        "--eval",
+        metavar="FILE",
+        help="held out: the like, or a benchmark's name (default: a tenth of --prompts, or the world's test split)",
+    )
+    p.add_argument("--data", metavar="DIR", help="folder of the benchmarks' files (default: the hub)")
     p.add_argument("--seed", type=int, default=0, help="of the order of the prompts and of sampling")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads of a process")
     p.add_argument("--dtype", default="auto", choices=("auto", *midtrain.DTYPES), help="of activations")

@@ -575,8 +575,13 @@ def own_source(text: str) -> tuple[str, recipes.Corpus]:
         raise argparse.ArgumentTypeError(f"{text!r} is not {how}")
     if not where.startswith("hub:"):
         return name, recipes.Corpus(kind, files=(where,))
-    hub, part, split = (where[4:].split(":") + ["", ""])[:3]
-    return name, recipes.Corpus(kind, hub=hub, part=part, split=split or "train")
+    return name, hub_corpus(kind, where[4:])
+
+
+def hub_corpus(kind: str, where: str) -> recipes.Corpus:
+    """A data set of the hub, ID[:PART[:SPLIT]], PART being its configuration or files."""
+    hub, part, split = (where.split(":") + ["", ""])[:3]
+    return recipes.Corpus(kind, hub=hub, part=part, split=split or "train")
 
 
 def token_budgets(text: str) -> dict[str, int]:

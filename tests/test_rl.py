@@ -81,6 +81,8 @@ def test_unknown_variants_are_named():
     with pytest.raises(ValueError, match="valid: token, sequence, constant"):
         rl.grpo_loss(x, x, x[0], x + 1, loss_agg="mean")
     assert rl.grpo_loss(x, x, x[0], x + 1, loss_agg="constant")[0].isnan(), "the length cap is not there to be guessed"
+    with pytest.raises(ValueError, match="valid: clip, gspo, cispo"):
+        rl.grpo_loss(x, x, x[0], x + 1, surrogate="ppo")
     with pytest.raises(ValueError, match="valid: k1, k2, k3"):
         rl.kl_estimate(x, x, "k4")
 
@@ -124,7 +126,9 @@ def test_gradient_is_the_policy_gradient():
 def test_gradient_at_and_off_the_policy():
     old = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], dtype=torch.float64)
     mask, A = torch.ones_like(old), torch.tensor([2.0, -1.5], dtype=torch.float64)
-    for how in ({}, {"dual_clip": 3.0}, {"clip_high": 0.28}, {"is_cap": 2.0, "sampler_logp": old}):
+    hows = ({}, {"dual_clip": 3.0}, {"clip_high": 0.28}, {"is_cap": 2.0, "sampler_logp": old}, {"surrogate": "gspo"},
+            {"surrogate": "cispo"})  # fmt: skip
+    for how in hows:
         logp = old.clone().requires_grad_()
         grad = gradient(rl.grpo_loss(logp, old, A, mask, denominator=1.0, **how)[0], logp)
         torch.testing.assert_close(grad, -A[:, None].expand(2, 2), msg=f"on the policy: -A, with {how}")
@@ -139,9 +143,51 @@ def test_gradient_at_and_off_the_policy():
     assert off(1.25, 1.0)[1] == 0 and off(1.25, 1.0, clip_high=0.28)[1] == pytest.approx(-1.25)
     assert off(0.7, 1.0)[1] == pytest.approx(-0.7), "a good token that has become rarer still gets its gradient"
     assert off(5.0, -1.5)[:2] == pytest.approx((7.5, 7.5)) and off(5.0, -1.5, dual_clip=3.0)[:2] == (4.5, 0)
+    assert off(1.3, 1.0, surrogate="cispo")[1] == pytest.approx(-1.2), "cut, but not to nothing"
+    assert off(0.7, -1.0, surrogate="cispo")[1] == pytest.approx(0.7)
     weighted = off(1.0, 1.0, is_cap=2.0, sampler_logp=torch.full((1, 1), -math.log(1.5)))
     assert weighted[1] == pytest.approx(-1.5), "pi_old / mu = 1.5"
     assert off(1.0, 1.0, is_cap=2.0, sampler_logp=torch.full((1, 1), -5.0))[1] == -2.0, "truncated at the cap"
+
+
+def test_gspo_by_hand():
+    """One ratio a response, the geometric mean of its tokens', which is clipped as a whole."""
+    old = torch.zeros(2, 3, dtype=torch.float64)
+    logp = torch.tensor([[0.3, -0.1, 9.0], [0.2, 0.2, 0.2]], dtype=torch.float64).log1p().requires_grad_()
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]], dtype=torch.float64)
+    how = {"surrogate": "gspo", "loss_agg": "sequence", "clip_low": 0.1, "clip_high": 0.1}
+    loss, sums = rl.grpo_loss(logp, old, torch.tensor([1.0, 1.0]).double(), mask, **how)
+    s = math.sqrt(1.3 * 0.9)  # within 1.1; the second response's, 1.2, is not
+    assert loss.item() == pytest.approx(-(s + 1.1) / 2)
+    expected = torch.tensor([[s / 4, s / 4, 0], [0, 0, 0]], dtype=torch.float64)  # 1/N 1/|o| s a token
+    torch.testing.assert_close(gradient(loss, logp), -expected)
+    assert sums["clip_high"] == 3
+
+
+def test_importance_weights_correct_another_sampler():
+    """Answers drawn from mu, not from pi: with weights the expected gradient is the exact one, without it is not."""
+    tables, logp, y = enumerate_policy(0)
+    mu = enumerate_policy(5)[1].sum(1).detach()
+    reward, whole = torch.where(y.sum(1) % 3 == 0, 1.0, -1.0).double(), logp.sum(1)
+    exact = torch.autograd.grad((whole.exp() * reward).sum(), tables, retain_graph=True)
+
+    def gradient_under_mu(cap):
+        column = whole[:, None]
+        how = {"loss_agg": "constant", "denominator": 1.0, "is_cap": cap, "sampler_logp": mu[:, None]}
+        loss, _ = rl.grpo_loss(column, column.detach(), mu.exp() * reward, torch.ones_like(column), **how)
+        return torch.autograd.grad(-loss, tables, retain_graph=True)
+
+    for ours, truth in zip(gradient_under_mu(1e6), exact):
+        torch.testing.assert_close(ours, truth)
+    off, cut = (gradient_under_mu(cap)[0] for cap in (0.0, 2.0))
+    error = [(g - exact[0]).norm() / exact[0].norm() for g in (off, cut)]
+    assert error[0] > 0.2 and error[1] > 0.01, "no weights, and truncated ones, are biased"
+
+
+def test_soft_overlong_punishment():
+    """DAPO's numbers: 20,480 tokens at most, 4,096 of them a buffer."""
+    lengths = (1, 16384, 16384 + 1024, 20480)
+    assert [rl.overlong_penalty(n, 20480) for n in lengths] == [0, 0, -0.25, -1]
 
 
 def test_golden_table():
@@ -249,6 +295,31 @@ def test_equals_supervised_learning():
     oracle = torch.cat([-p.grad.flatten() for p in model.parameters()])
     oracle *= min(1.0, 1.0 / oracle.norm().item())
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_shared_prompt_is_the_prompt_of_each(kl_coef, monkeypatch):
+    """A group's prompt once in a row or before each answer: the same log-probabilities and the same gradient."""
+    samples = some_samples() + [replace(s, group=4, prompt=[7] * 9) for s in some_samples(seed=3)[:5]]
+    args, model, found = settings(row_tokens=30, micro_tokens=60, kl_coef=kl_coef), micro_model(), {}
+    for share in (True, False):
+        monkeypatch.setattr(rl, "shares_prompts", lambda device, share=share: share)
+        batches = rl.micro_batches(samples, args, ALONE)
+        assert len(batches) > 2 and sum(b.mask.sum() for b in batches) == sum(len(s.tokens) for s in samples)
+        logps = [rl.log_probs(model, b, 0.7) for b in batches]
+        by_advantage = [
+            (a, lp[: int(m.sum())]) for b, x in zip(batches, logps) for a, m, lp in zip(b.advantages, b.mask, x)
+        ]
+        loss = sum(rl.grpo_loss(x, x.detach(), b.advantages, b.mask, loss_agg="constant", denominator=9.0)[0]
+                   for b, x in zip(batches, logps))  # fmt: skip
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        order = sorted(by_advantage, key=lambda pair: (len(pair[1]), pair[0].item(), pair[1].sum().item()))
+        found[share] = (torch.cat([x for _, x in order]), torch.cat([g.flatten() for g in grads]))
+        if share:
+            inputs = sum(int((b.doc_start >= 0).sum()) for b in batches)
+    for ours, theirs in zip(found[True], found[False]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert inputs < sum(b.tokens.numel() for b in batches), "and fewer tokens are computed"
 
 
 @pytest.mark.parametrize("agg", ["token", "sequence", "constant"])
@@ -420,6 +491,99 @@ def test_a_bandit_is_learned():
     assert bandit(lambda A, g: A.flatten()[torch.randperm(A.numel(), generator=g)].view_as(A)) < 0.3, "shuffled"
 
 
+def test_the_known_optimum_under_a_kl_penalty():
+    """Reward r, reference p, coefficient beta: the policy becomes p exp(r / beta), normalised. k1 as a loss does not pull."""
+    generator = torch.Generator().manual_seed(0)
+    ref = torch.randn(8, generator=generator).log_softmax(0)
+    reward, beta = torch.rand(8, generator=generator), 0.5
+    best = (ref + reward / beta).softmax(0)
+
+    def distance(kl, coef, steps=300):
+        theta = ref.clone().requires_grad_()
+        for step in range(steps):
+            drawn = torch.multinomial(theta.detach().softmax(0), 4096, replacement=True, generator=generator)
+            logp = theta.log_softmax(0)[drawn][:, None]
+            A = rl.advantages(reward[drawn][None], "mean")[0]
+            loss, _ = rl.grpo_loss(
+                logp, logp.detach(), A, torch.ones_like(logp), kl_coef=coef, kl=kl, ref_logp=ref[drawn][:, None]
+            )
+            with torch.no_grad():
+                theta -= 2.0 * (1 - step / steps) * gradient(loss, theta)
+        return (theta.detach().softmax(0) - best).abs().sum().item() / 2
+
+    assert distance("k2", beta, steps=0) > 0.1
+    assert distance("k2", beta) < 0.02
+    assert distance("k1", beta) > 0.2 and distance("k2", -beta) > 0.2, "no pull; the wrong sign"
+    assert distance("k3", beta) < 0.1, "near it: its gradient is right to first order"
+
+
+STOP = 10
+
+
+def add(model, pairs, n, seed):
+    """n answers to each "a + b = ?" at temperature 1: digits, then STOP → (completions, share right of each problem)."""
+    asked = [[11 + a, 21 + b] for a, b in pairs]
+    made = Sampler(model, None, slots=128).generate(asked, n=n, max_new_tokens=4, seed=seed, stop=(STOP,))
+    right = [[c.tokens == [*map(int, str(a + b)), STOP] for c in group] for (a, b), group in zip(pairs, made)]
+    return asked, made, torch.tensor(right).float()
+
+
+def warm_start():
+    """A model that has seen sums for a while: it solves some problems never, some sometimes, some always."""
+    model, rng = micro_model(), random.Random(0)
+    optimizer = midtrain.make_optimizer(model, 0.01, weight_decay=0.0)
+    for _ in range(120):
+        rows = [
+            (a, b, [*map(int, str(a + b)), STOP])
+            for a, b in ((rng.randrange(10), rng.randrange(10)) for _ in range(32))
+        ]
+        ids = torch.tensor([([11 + a, 21 + b] + answer + [0])[:5] for a, b, answer in rows])
+        targets = torch.tensor([([-1] + answer + [-1])[:4] for _, _, answer in rows])
+        model(ids[:, :-1], targets).sum().div(64).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def practise(model, pairs, steps, twist=lambda A, g: A):
+    """GRPO on these sums: 8 of them a step, 16 answers to each."""
+    optimizer, generator = midtrain.make_optimizer(model, 3e-3, weight_decay=0.0), torch.Generator().manual_seed(0)
+    args = settings(prompts_per_step=8, row_tokens=128, micro_tokens=4096)
+    for step in range(steps):
+        chosen = [pairs[i] for i in rl.prompt_order(len(pairs), 8, step, 0)]
+        asked, made, right = add(model, chosen, 16, seed=step)
+        rewards = 2 * right - 1
+        A, signal = twist(rl.advantages(rewards), generator), rl.has_signal(rewards)
+        samples = [
+            rl.Sample(i, asked[i], c.tokens, c.logprobs, "", True, r > 0, float(r), float(a), bool(signal[i]))
+            for i, group in enumerate(made)
+            for c, r, a in zip(group, rewards[i], A[i])
+        ]
+        rl.update(model, None, optimizer, samples, 4, args, ALONE)
+
+
+def test_the_perfectible_set_is_perfected():
+    """Sums solved 20 to 80 % of the time come to be solved always, the stop token included; controls do not get there."""
+    every = [(a, b) for a in range(10) for b in range(10)]
+    share = add(warm_start(), every, 64, seed=1)[2].mean(1)
+    pairs = [pair for pair, p in zip(every, share) if 0.2 <= p <= 0.8]
+    assert len(pairs) >= 20
+
+    def after(steps, **how):
+        model = warm_start()
+        practise(model, pairs, steps, **how)
+        _, made, right = add(model, pairs, 32, seed=2)
+        return right.mean().item(), sum(len(c.tokens) for group in made for c in group) / right.numel()
+
+    share, length = after(250)
+    assert share > 0.97
+    assert length == pytest.approx(sum(len(str(a + b)) + 1 for a, b in pairs) / len(pairs), abs=0.05)
+    assert after(60, twist=lambda A, g: A.flatten()[torch.randperm(A.numel(), generator=g)].view_as(A))[0] < 0.7, (
+        "as it should be, 87 %"
+    )
+    assert after(60, twist=lambda A, g: -A)[0] < 0.1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The program: kill it at any moment, start it again
 
@@ -487,18 +651,25 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("where", ["rollout", "evaluation", "save"])
+@pytest.mark.parametrize("where", ["rollout", "update", "evaluation", "save"])
 def test_resume_after_a_crash(where, checkpoint, uninterrupted, tmp_path, monkeypatch):
-    """In the middle of step 4's rollout; of the evaluation after step 4; of the second save."""
+    """In the middle of step 4's rollout; between its two updates; in the evaluation after step 4; in the second save."""
     calls = itertools.count(1)
-    limit = {"rollout": 12 + 2 * 16 + 8 + 16 + 7, "evaluation": 12 + 2 * 16 + 8 + 2 * 16 + 3, "save": None}[where]
+    limit = {"rollout": 12 + 2 * 16 + 8 + 16 + 7, "evaluation": 12 + 2 * 16 + 8 + 2 * 16 + 3}.get(where)
 
     def reward(response, gold):
         if next(calls) == limit:
             raise Crash
         return odd_reward(response, gold)
 
+    def optimizer_step(model, optimizer, step=rl.optimizer_step, steps=itertools.count(1)):  # noqa: B008
+        if next(steps) == 8:
+            raise Crash
+        return step(model, optimizer)
+
     with monkeypatch.context() as patch:
+        if where == "update":
+            patch.setattr(rl, "optimizer_step", optimizer_step)
         if where == "save":
             replace_folder, saves = os.rename, itertools.count(1)
 
@@ -512,6 +683,100 @@ def test_resume_after_a_crash(where, checkpoint, uninterrupted, tmp_path, monkey
             run(patch, command(checkpoint, tmp_path), reward)
     run(monkeypatch, command(checkpoint, tmp_path))
     assert outcome(tmp_path) == uninterrupted
+
+
+DAPO = ("--filter", "refill", "--overlong", "punish", "--clip-high", "0.28")
+
+
+def test_dapo_asks_until_all_groups_have_a_signal(checkpoint, tmp_path, monkeypatch):
+    """Answers to a third of the problems are all wrong: others are asked. Killed in a refill, it goes on the same."""
+
+    def reward(response, gold):
+        return odd_reward(response, gold) if int(gold) % 3 else -1.0
+
+    run(monkeypatch, command(checkpoint, tmp_path / "a", *DAPO), reward)
+    _, rows, texts = whole = outcome(tmp_path / "a")
+    asked = [row["asked"] for row in rows[1:]]
+    assert all(n % 4 == 0 for n in asked) and 4 < max(asked) <= 20
+    assert [len(text.splitlines()) for text in texts.values()] == [4 * n for n in asked]
+    assert any(json.loads(line)["reward"] not in (1, -1) for text in texts.values() for line in text.splitlines())
+    for row, text in zip(rows[1:], texts.values()):
+        groups = [[json.loads(line) for line in text.splitlines()[i : i + 4]] for i in range(0, 4 * row["asked"], 4)]
+        signal = [group for group in groups if len({answer["reward"] for answer in group}) > 1]
+        assert row["trained_tokens"] == sum(answer["tokens"] for group in signal[:4] for answer in group)
+        assert len(signal) >= 4 or row["asked"] == 20
+
+    calls = itertools.count(1)
+
+    def crash(response, gold):
+        if next(calls) == 12 + 4 * sum(asked[:2]) + 8 + 4 * (asked[2] - 1):  # at the end of what step 3 asks
+            raise Crash
+        return reward(response, gold)
+
+    with pytest.raises(Crash):
+        run(monkeypatch, command(checkpoint, tmp_path / "b", *DAPO), crash)
+    run(monkeypatch, command(checkpoint, tmp_path / "b", *DAPO), reward)
+    assert outcome(tmp_path / "b") == whole
+
+
+def test_two_ranks_ask_the_same_and_get_the_same(checkpoint, uninterrupted, tmp_path, monkeypatch):
+    """A run on two ranks makes the rollouts of one, and one process goes on from where two were stopped."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    program = [sys.executable, __file__, "run", *command(checkpoint, tmp_path, "--steps", "2")]
+    ranks = [
+        subprocess.Popen(program, env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2",
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+        for r in (0, 1)
+    ]  # fmt: skip
+    assert [p.wait(120) for p in ranks] == [0, 0]
+    first = {f.name: f.read_text() for f in (tmp_path / "rl-micro/rollouts").iterdir()}
+    whole = uninterrupted[2]
+    assert first == {name: whole[name] for name in sorted(whole)[:2]}
+    run(monkeypatch, command(checkpoint, tmp_path))
+    assert outcome(tmp_path)[2].keys() == whole.keys()
+    last = [json.loads((tmp_path / "rl-micro/metrics.jsonl").read_text().splitlines()[-1])["step"]]
+    assert last == [6]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1"])
+def test_a_reward_that_is_no_number(value, checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"^the reward of .* is (nan|inf|None|'1'), not a finite number \(answer '\d+'\)$"
+    ):
+        run(monkeypatch, command(checkpoint, tmp_path), lambda response, gold: value)
+
+
+def test_prompts_of_the_hub_and_benchmarks_beside_training(tmp_path):
+    """A data set in the hub's format, here a local folder; a benchmark by name from the folder of the files."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (tmp_path / "set").mkdir()
+    (tmp_path / "other").mkdir()
+    rows = [{"question": f"{i} + 1?", "answer": f"It is {i}, and one.\n#### {i + 1}"} for i in range(5)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set/train-0.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": "no problem"}]), tmp_path / "other/train-0.parquet")
+    found = rl.read_problems(f"hub:{tmp_path / 'set'}", None)
+    assert found[4] == {"problem": "4 + 1?", "answer": "5"} and len(found) == 5
+    with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
+        rl.read_problems(f"hub:{tmp_path / 'other'}", None)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/math500.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    assert rl.read_problems("math500", str(tmp_path))[0]["answer"] == "2"
+    with pytest.raises(FileNotFoundError, match="math501: no such file"):
+        rl.read_problems("math501", str(tmp_path))
+
+
+def test_the_longest_prompt_is_named(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"problem": "1 " * n, "answer": 1}) + "\n" for n in (3, 99, 4, 5))
+    )
+    more = ("--prompts", str(tmp_path / "p.jsonl"), "--max-prompt", "60", "--steps", "1")
+    run(monkeypatch, command(checkpoint, tmp_path, *more))
+    said = capsys.readouterr().out
+    assert "1 of 3 prompts left out: longer than --max-prompt 60 tokens (the longest, problem 2, has " in said
 
 
 def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monkeypatch, capsys):
