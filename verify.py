@@ -90,6 +90,10 @@ NUMBER = re.compile(  # a minus after a digit or a bracket is a subtraction
     r"(?:(?<![\w)%.])[-−])?\$?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?"
 )
 
+ROUNDED = re.compile(
+    rf"\brounds?(?:ed)?(?: off)?(?: up| down)? to (?:about )?({NUMBER.pattern})(?!\s*(?:decimal|significant|place|digit))"
+)
+
 
 def extract_answer(response: str, box_only: bool = False) -> str | None:
     """The final answer that a response gives, as text, or None.
@@ -156,14 +160,23 @@ def _from_prose(text: str) -> str | None:
     if re.match(r"A\s*:", last_line):
         return last_line.partition(":")[2].strip()
     formulas = list(FORMULA.finditer(last_line))
-    if formulas and not NUMBER.search(last_line, formulas[-1].end()):
-        return next(group for group in formulas[-1].groups() if group)
+    if formulas:
+        behind = NUMBER.findall(last_line[formulas[-1].end() :])
+        return behind[-1].strip() if behind else next(group for group in formulas[-1].groups() if group)
+    if rounded := ROUNDED.findall(last_line):
+        return rounded[-1].strip()
+    claim, _, reason = last_line.rpartition(" because ")
+    if "=" not in reason and NUMBER.search(claim):  # "It costs $50 because 50 < 52"
+        return NUMBER.findall(claim)[-1].strip()
     # "…she needs 120/24 = 5 hours to read 120 pages": in a last line with a calculation, its result
-    numbers = NUMBER.findall(last_line.rpartition("=")[2]) if "=" in last_line else []
-    if numbers:
+    before, equals, result = last_line.rpartition("=")
+    if equals and (numbers := NUMBER.findall(result) or NUMBER.findall(before)[-1:]):  # or "6 = x"
         return numbers[0].strip()
     numbers = NUMBER.findall(text)
-    return numbers[-1].strip() if numbers else None
+    # "7 + 26 = 33\nThere are 33 ounces in those 3 boxes": a result that is said again, else the last number
+    results = NUMBER.findall(text.rpartition("\n")[0].rpartition("=")[2])
+    again = results and results[0].strip(" $") in (number.strip(" $") for number in NUMBER.findall(last_line))
+    return (results[0] if again else numbers[-1]).strip() if numbers else None
 
 
 def _first_answer(text: str) -> str | None:

@@ -17,6 +17,7 @@ import resource
 import statistics
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -221,6 +222,14 @@ def worst(n: int) -> None:
         f"{n:,} fuzzed pairs: {sum(errors.values())} exceptions; slowest verdict {slowest[0] * 1e3:.0f} ms ({slowest[1]!r}); "
         f"{more:.0f} MiB more at the peak"
     )
+    each = []
+    for text in HOSTILE:
+        tracemalloc.start()
+        is_equivalent(text, text + "+1")
+        reward(rf"\boxed{{{text}}}", "1")
+        each.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    print(f"{len(each)} hostile inputs, each alone: at most {max(each) / 2**20:.0f} MiB")
 
 
 def main() -> None:

@@ -190,6 +190,24 @@ def test_polynomials_are_their_coefficients(a, b):
 # ----------------------------------------------------------------------------------------------------------------------
 # Bounds
 
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("48 / 12 = 4\nHe spends $50 on the cheapest flour because 50 < 52", "$50"),
+        ("She needs 4 cans because 8 / 2 = 4", "4"),
+        ("3 pins / 21 * 100% = 14.28 which rounds down to 14%", "14%"),
+        ("The mean is 14.2857, rounded to 2 decimal places 14.29", "14.29"),
+        ("14 + 7 + 12 = 33 oz\nThere are 33 ounces of cereal in those 3 boxes.", "33"),
+        ("There are 33 ounces of cereal in those 3 boxes.", "3"),
+        ("38 - 32 = 32 + x - 32, or, 6 = x", "6"),
+        ("we get $\\frac{a}{b} = 2$. So it increases by 100%.", "100%"),
+    ],
+)
+def test_the_answer_in_prose(text, answer):
+    assert extract_answer(text) == answer
+
+
 HOSTILE = [
     "9^9^9^9^9", "10^{10^{10}}", "2^{100000}-2^{99999}", "9999999!", "(((9!)!)!)!", r"\binom{999999}{499999}",
     "(" * 50_000 + ")" * 50_000, "{" * 100_000, r"\boxed{" * 20_000, r"\[" * 50_000, "-" * 50_000 + "1", "9" * 100_000,
