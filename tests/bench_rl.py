@@ -4,7 +4,8 @@
 
 One model of 6.85M parameters with random weights (8 layers, 256 wide, 8 / 4 heads, 4,096 words) in all arms; lengths are
 imposed, so that every arm makes the same number of tokens. CPU seconds of the process, arms interleaved, the median of
-the rounds. Without TRL (pip install trl; it was 1.16) the step is timed alone.
+the rounds. Without TRL (pip install trl; it was 1.16) the step is timed alone. On a GPU: decoding in the 1B shape beside
+what a copy reaches, and a long-tailed rollout beside generate.
 """
 
 import importlib.metadata
@@ -24,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import midtrain
 import rl
-from model import Llama, LlamaConfig
-from sample import Sampler
+from model import PRESETS, Llama, LlamaConfig
+from sample import Policy, Sampler
 
 CONFIG = LlamaConfig(4096, 8, 256, 8, 4, 32, 688, rope_theta=10_000.0, max_position=1024)
 PROMPT, EOS, P, G = 64, 0, 8, 16
@@ -198,11 +199,80 @@ def steps(folder: str, model: Llama, title: str, lengths: list[int], rounds: int
     race(title, arms, sum(lengths), rounds)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: the 1B shape in bf16, random weights
+
+
+def seconds(work) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
+    """The bytes that a token for each row must read, weights and cache, over what a copy of large tensors reaches."""
+    c, x = model.config, torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = x.clone()
+    bandwidth = 2 * x.numel() / min(seconds(lambda: y.copy_(x)) for _ in range(10))
+    ids = np.random.default_rng(0).integers(4, c.vocab_size, (slots, context)).tolist()
+    rollout = Sampler(model, None, slots)._rollout(ids, 1, 1024, Policy(), 0, ())
+    rollout.step()  # prompts, the first tokens, and the graph
+    took = seconds(lambda: [rollout.step() for _ in range(looks)])
+    tokens = looks * rollout.look_every
+    cached = slots * (context + rollout.look_every + tokens / 2) * 4 * c.num_layers * c.num_kv_heads * c.head_dim
+    share = (2 * c.num_params() + cached) * tokens / took / bandwidth
+    print(
+        f"decode, {slots} rows, context about {context + tokens}: {slots * tokens / took:,.0f} tokens/s, {share:.2f} of a copy"
+    )
+
+
+def tail(model: Llama, folder: str, n=1024, cap=2048) -> None:
+    """n requests of long-tailed lengths, prompts of 64: ours in 256 slots, generate in batches of 64 and of 256."""
+    ids, lengths = (
+        np.random.default_rng(0).integers(4, model.config.vocab_size, (n, PROMPT)).tolist(),
+        long_tailed(n, cap),
+    )
+    sampler = Sampler(model, None, slots=256)
+    arms = {"ours, 256 slots": lambda: sampler.generate(ids, max_new_tokens=lengths, stop=())}
+    if find_spec("transformers"):
+        theirs = their_model(folder).to("cuda", torch.bfloat16)
+
+        def static(size: int) -> None:
+            for i in range(0, n, size):
+                batch, longest = torch.tensor(ids[i : i + size], device="cuda"), max(lengths[i : i + size])
+                how = {"max_new_tokens": longest, "min_new_tokens": longest, "attention_mask": torch.ones_like(batch)}
+                theirs.generate(batch, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **how)
+
+        arms |= {f"generate, batches of {size}": lambda size=size: static(size) for size in (256, 64)}
+    sampler.generate(ids[:256], max_new_tokens=16, stop=())  # compiles the kernels
+    for name, work in arms.items():
+        took = seconds(work)
+        print(
+            f"{n} long-tailed requests, cap {cap}; {name}: {took:.1f} s, {sum(lengths) / took:,.0f} tokens/s",
+            flush=True,
+        )
+
+
+def on_gpu() -> None:
+    model = Llama(PRESETS["1b"]).init_weights(0)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        model = model.to("cuda", torch.bfloat16)
+        model.compute_dtype = torch.bfloat16
+        decoding(model)
+        tail(model, folder)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl") if find_spec(name)}
     print(f"{versions}, Python {platform.python_version()}, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+        return on_gpu()
     model = Llama(CONFIG).init_weights(0)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
