@@ -223,9 +223,8 @@ def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
     tokens = looks * rollout.look_every
     cached = slots * (context + rollout.look_every + tokens / 2) * 4 * c.num_layers * c.num_kv_heads * c.head_dim
     share = (2 * c.num_params() + cached) * tokens / took / bandwidth
-    print(
-        f"decode, {slots} rows, context about {context + tokens}: {slots * tokens / took:,.0f} tokens/s, {share:.2f} of a copy"
-    )
+    said = f"decode, {slots} rows, context about {context + tokens}"
+    print(f"{said}: {slots * tokens / took:,.0f} tokens/s, {share:.2f} of what a copy reaches")
 
 
 def tail(model: Llama, folder: str, n=1024, cap=2048) -> None:

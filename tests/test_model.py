@@ -158,6 +158,35 @@ def test_packed_documents_give_the_gradients_of_separate_ones():
         assert_close(a, b, 1e-4)
 
 
+@pytest.mark.parametrize("blocked", [True, False])
+def test_documents_that_share_a_prefix(blocked, monkeypatch):
+    """Two rows, prefixes of 90 and 7 tokens, four documents behind each: logits and gradients of prefix + document alone.
+
+    Long enough that a block of queries sees the prefix and, far behind it, its own document; padding at the end.
+    """
+    monkeypatch.setattr(llama, "LONGEST_BLOCKED", 2048 if blocked else 0)
+    model, ends, prefix = random_llama(), ((130, 190, 200, 288), (80, 150, 230, 270)), torch.tensor([90, 7])
+    tokens, doc_start = random_tokens(2, 288), torch.zeros(2, 288, dtype=torch.int64)
+    weights = torch.randn(2, 288, TINY.vocab_size, generator=torch.Generator().manual_seed(1))
+    loss, logits = 0.0, None
+    for row in (0, 1):
+        for start, end in zip((int(prefix[row]), *ends[row]), (*ends[row], 288)):
+            doc_start[row, start:end] = start
+    logits = model(tokens, doc_start=doc_start, prefix=prefix)
+    behind = torch.arange(288) >= prefix[:, None]
+    ours = torch.autograd.grad((logits * weights * behind[..., None]).sum(), list(model.parameters()))
+    for row in (0, 1):
+        n = int(prefix[row])
+        for start in doc_start[row, n:].unique().tolist():
+            end = int((doc_start[row] == start).nonzero().max()) + 1
+            alone = model(torch.cat((tokens[row, :n], tokens[row, start:end]))[None])[0, n:]
+            assert_close(logits[row, start:end], alone, 1e-4)
+            loss = loss + (alone * weights[row, start:end]).sum()
+    theirs = torch.autograd.grad(loss, list(model.parameters()))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
 def test_a_document_sees_nothing_of_the_one_before():
     model, doc_start = random_llama(), pack([9, 15])
     tokens = random_tokens(1, 24)
