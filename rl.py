@@ -35,6 +35,7 @@ import hashlib
 import io
 import json
 import math
+import numbers
 import os
 import sys
 import time
@@ -142,17 +143,13 @@ def grpo_loss(
     """
     A, lengths = advantages[:, None], mask.sum(1)  # (N, 1): every token has its response's advantage; |o_i|
     change = (logp - old_logp).clamp(-20, 20)  # log w; exp(20) is as good as infinite
-    if (
-        surrogate == "gspo"
-    ):  # GSPO (2507.18071): one w a response, the mean of its tokens', here with a token's gradient
+    if surrogate == "gspo":  # GSPO (2507.18071): one w a response, the mean of its tokens' logs; a token's gradient
         mean = (change.detach() * mask).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None]
         change = mean + logp - logp.detach()
     ratio = change.exp()  # w = pi / pi_old
     # PPO (1707.06347), GRPO: min(w A, clip(w, 1 - low, 1 + high) A).  DAPO (2503.14476): high > low.
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    if (
-        surrogate == "cispo"
-    ):  # MiniMax-M1 (2506.13585): min(w, 1 + high) A log pi, w without gradient: no token loses its own
+    if surrogate == "cispo":  # MiniMax-M1 (2506.13585): sg[min(w, 1 + high)] A log pi: every token has a gradient
         objective = ratio.detach().clamp(max=1 + clip_high) * A * logp
     elif surrogate not in ("clip", "gspo"):
         raise ValueError(f'unknown surrogate "{surrogate}"; valid: clip, gspo, cispo')
@@ -232,7 +229,7 @@ class Sample:
     right: bool
     reward: float
     advantage: float
-    signal: bool  # do the rewards of its group differ?
+    signal: bool  # do the scores of its group differ?
 
 
 def over_ranks(values: list[float], world: midtrain.World, op=dist.ReduceOp.SUM) -> list[float]:
@@ -259,7 +256,8 @@ def answer(sampler: Sampler, asked: list[dict], n: int, cap: int, temperature: f
         scores = [score(c.text, asked[i]) for c in group]
         punished = [overlong_penalty(len(c.tokens), cap) if args.overlong == "punish" else 0.0 for c in group]
         rewards = torch.tensor([[r + p for r, p in zip(scores, punished)]], dtype=torch.float64)  # (1, G)
-        signal, values = has_signal(rewards).item(), advantages(rewards, args.advantage)[0].tolist()
+        values = advantages(rewards, args.advantage)[0].tolist()
+        signal = min(scores) < max(scores)  # whatever the punishment: DAPO's filter is on what is right
         for c, r, reward, value in zip(group, scores, rewards[0].tolist(), values, strict=True):
             stopped, right = c.finish_reason == "stop", r > 0
             prompt = asked[i]["tokens"]
@@ -270,13 +268,13 @@ def answer(sampler: Sampler, asked: list[dict], n: int, cap: int, temperature: f
 def score(text: str, row: dict) -> float:
     """verify.reward, which whoever forks this may have replaced: what it returns must be a number."""
     r = verify.reward(text, row["answer"])
-    if not isinstance(r, (int, float)) or not math.isfinite(r):
+    if not isinstance(r, numbers.Real) or not math.isfinite(r):
         raise ValueError(f"the reward of {text[:60]!r} is {r!r}, not a finite number (answer {row['answer']!r})")
     return float(r)
 
 
 def informative(samples: list[Sample], groups: int, world: midtrain.World) -> list[int]:
-    """Which of the groups 0..groups-1 have rewards that differ, on whatever rank they are."""
+    """Which of the groups 0..groups-1 have answers of different scores, on whatever rank they are."""
     flags = [0.0] * groups
     for s in samples:
         flags[s.group] = float(s.signal)
@@ -362,13 +360,14 @@ def pack_samples(samples: list[Sample], width: int, share: bool) -> list[list[Sa
     """
     if not share:
         lengths = [len(s.prompt) + len(s.tokens) - 1 for s in samples]
-        return [[samples[i] for i in row] for row in pack(lengths, max([width, *lengths]))]
-    rows, groups = [], {}
-    for s in samples:
-        groups.setdefault(s.group, []).append(s)
-    for group in groups.values():
-        lengths, prefix = [len(s.tokens) for s in group], len(group[0].prompt) - 1
-        rows += [[group[i] for i in row] for row in pack(lengths, max([width - prefix, *lengths]))]
+        rows = [[samples[i] for i in row] for row in pack(lengths, max([width, *lengths]))]
+    else:
+        rows, groups = [], {}
+        for s in samples:
+            groups.setdefault(s.group, []).append(s)
+        for group in groups.values():
+            lengths, prefix = [len(s.tokens) for s in group], len(group[0].prompt) - 1
+            rows += [[group[i] for i in row] for row in pack(lengths, max([width - prefix, *lengths]))]
     return sorted(rows, key=lambda row: -row_length(row, share))  # rows of a kind side by side: little padding
 
 
@@ -423,15 +422,19 @@ def log_probs(model: Llama, b: MicroBatch, temperature: float) -> Tensor:
     return -model(b.tokens, b.targets, b.doc_start, temperature, prefix=b.prefix).flatten()[b.place]
 
 
-def update(model, reference, optimizer, samples: list[Sample], cap: int, args, world: midtrain.World) -> dict:
-    """One or several optimizer steps on a rollout → metrics. Several: the step's problems in --updates equal parts.
+def update(
+    model, reference, optimizer, samples: list[Sample], cap: int, args, world: midtrain.World, groups=None
+) -> dict:
+    """One or several optimizer steps on a rollout → metrics. Several: its problems in --updates equal parts.
+
+    samples: of groups 0..groups-1 (None: as many as a step asks).
 
     Answers of a group without signal have no gradient, so unless a KL term pulls at them they get no forward pass. They
     still count in the denominator, the loss being a mean over all answers; --filter drop takes them out of it.
     """
-    size = args.prompts_per_step // args.updates
+    groups = groups or args.prompts_per_step
     kept = [s for s in samples if (s.signal or args.filter == "none") and (s.stopped or args.overlong != "mask")]
-    parts = [[s for s in kept if s.group // size == u] for u in range(args.updates)]
+    parts = [[s for s in kept if s.group * args.updates // groups == u] for u in range(args.updates)]
     batches = [micro_batches([s for s in part if s.advantage or args.kl_coef], args, world) for part in parts]
     with torch.no_grad():  # before the first update changes the weights
         for b in (b for part in batches for b in part):
@@ -487,10 +490,8 @@ def optimizer_step(model, optimizer) -> float:
 # Problems
 
 
-def read_problems(source: str, data: str | None) -> list[dict]:
-    """Rows {"problem", "answer"} of a file of JSON lines, a benchmark (from the folder `data` or the hub) or hub:ID."""
-    if source in benchmarks.BENCHMARKS and not os.path.exists(source):
-        return benchmarks.read(source, data, None)
+def read_problems(source: str) -> list[dict]:
+    """Rows {"problem", "answer"} of a file of JSON lines or of hub:ID."""
     is_hub = source.startswith("hub:")
     rows = list(hub_problems(source[4:]) if is_hub else verify.read_rows(source, (("problem", "answer"),)))
     if not rows:
@@ -505,19 +506,20 @@ def hub_problems(where: str):
         problem, answer = row.get("problem") or row.get("question"), row.get("answer")
         if answer is None:
             answer = benchmarks.last_box(str(row.get("solution")))
+        is_text = type(answer) in (str, int, float)
         answer = str(answer).rpartition("####")[2].strip()
-        if not isinstance(problem, str) or not answer:
+        if not isinstance(problem, str) or not answer or not is_text:
             raise ValueError(f"{what}: row {number} has no problem with an answer; its columns: {', '.join(row)}")
         yield {"problem": problem, "answer": answer}
 
 
 def load_problems(args, tok) -> tuple[list[dict], list[dict]]:
     """(to train on, held out), with each prompt's ids as "tokens"; training prompts that are too long are left out."""
-    train = (
-        read_problems(args.prompts, args.data) if args.prompts else synth.problems("train", WORLD_PROBLEMS, args.seed)
-    )
+    train = read_problems(args.prompts) if args.prompts else synth.problems("train", WORLD_PROBLEMS, args.seed)
     if args.eval:
-        held_out = read_problems(args.eval, args.data)[: args.eval_problems]
+        a_benchmark = args.eval in benchmarks.BENCHMARKS and not os.path.exists(args.eval)
+        held_out = benchmarks.read(args.eval, args.data, None) if a_benchmark else read_problems(args.eval)
+        held_out = held_out[: args.eval_problems]
     elif args.prompts:  # a tenth of the file at most
         k = min(args.eval_problems, max(1, len(train) // 10))
         if len(train) < 2:
@@ -611,8 +613,8 @@ class Run:
                 raise SystemExit(128 + signum)
         self.say(f"done: {self.saved}")
 
-    def rollout(self, cap: int) -> tuple[list[dict], list[Sample], list[Sample]]:
-        """(problems asked, all answers, those to learn from). Everything random follows from (seed, step).
+    def rollout(self, cap: int) -> tuple[list[dict], list[Sample], list[Sample], int]:
+        """(problems asked, all answers, those to learn from and of how many groups). All follows from (seed, step).
 
         With --filter refill (DAPO's dynamic sampling) further problems are asked, --refills times at most, until as many
         groups as a step has problems have a signal; only these are learned from, each step's the first in the order asked.
@@ -628,17 +630,17 @@ class Run:
             if len(groups) >= P:
                 break
         number = {group: i for i, group in enumerate(groups[:P])}
-        return asked, samples, [replace(s, group=number[s.group]) for s in samples if s.group in number]
+        return asked, samples, [replace(s, group=number[s.group]) for s in samples if s.group in number], len(number)
 
     def train_step(self) -> dict:
         """Rollout, rewards, update → a row of metrics."""
         args, world, step, start = self.args, self.world, self.step, time.perf_counter()
         cap = length_cap(args.stairs, step)
         with unsharded(self.model):
-            asked, samples, kept = self.rollout(cap)
+            asked, samples, kept, groups = self.rollout(cap)
         row = {"step": step + 1, "cap": cap, "lr": args.lr, "asked": len(asked), **answer_metrics(samples, world)}
         sampled = time.perf_counter()
-        row |= update(self.model, self.reference, self.optimizer, kept, cap, args, world)
+        row |= update(self.model, self.reference, self.optimizer, kept, cap, args, world, groups)
         self.step, updated = step + 1, time.perf_counter()
         if self.step % args.text_every == 0:
             write_rollouts(f"{self.folder}/rollouts/step_{self.step:06d}.jsonl", samples, asked, world)
@@ -847,6 +849,12 @@ def check(args) -> None:
     for name in ("seed", "refills", "clip_low", "clip_high", "dual_clip", "is_cap", "kl_coef"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
+    if 0 < args.dual_clip <= 1:
+        raise ValueError(
+            f"--dual-clip {args.dual_clip} would take the gradient of every bad answer: give 3, or 0 for none"
+        )
+    if args.dual_clip and args.surrogate == "cispo":
+        raise ValueError("--dual-clip does nothing with --surrogate cispo, which clips no token")
     if args.temperature <= 0:
         raise ValueError(f"--temperature {args.temperature} must be above 0: a greedy policy has no gradient")
     if args.rollouts < 2:

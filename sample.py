@@ -11,8 +11,8 @@ The choices that matter:
    into its slot, and one that waits takes the place behind. So nothing is computed for finished rows, and the batch of
    the long tail is as narrow as it can be. On a GPU the cache is a pool of blocks, given out as rows grow; if it is
    empty, the last row is put off with what it has, and goes on later. On a CPU a block is as long as a row.
-2. A group shares its prompt. The n samples of a prompt cost one forward of it, whose keys and values they share (whole
-   blocks of them; the rest is copied); their first tokens are drawn from the same probabilities.
+2. A group shares its prompt. The n samples of a prompt cost one forward of it; their first tokens are drawn from the same
+   probabilities. Of its keys and values each gets a copy, or in a pool of blocks a reference to the whole ones.
 3. Randomness is counted, not consumed: sample j of request i draws its token t with the hash of (seed, i, j, t). So, in
    fp32, a rollout depends on nothing around it: neighbours, slot, the order of the prompts, the number of ranks. (In
    bf16, products of other shapes round differently, and a draw near the border of two tokens may fall to the other.)
@@ -37,9 +37,7 @@ from data import Parser, run_cli
 from model import KVCache, Llama, read_json
 
 PREFILL_TOKENS = 4096  # prompts computed together, padding included: enough to fill the processor, little to keep
-CACHE_CHUNK = (
-    64  # room in a dense cache behind the longest prompt; it grows by as much, or an eighth, when that is used
-)
+CACHE_CHUNK = 64  # room in a dense cache behind the longest prompt; used up, it grows by as much, or by an eighth
 BLOCK_LEN = 64  # tokens in a block of a paged cache, which is what a GPU gets
 GPU_SHARE = 0.9  # of the GPU's free memory that the cache may take
 LOOK_EVERY = 8  # tokens between two looks of the host at what the GPU has done: each look waits for it
@@ -139,7 +137,8 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     Measuring u against the sum that was reached, not against 1, keeps rounding from running off the end; "exceeds", not
     "reaches", keeps a token of probability 0 from being drawn, by u = 0 or any other.
     """
-    cdf = probs.cumsum(-1)
+    # Of a single row a GPU makes the sum by blocks in the order in which they happen to finish; of two it does not.
+    cdf = torch.cat((probs, probs)).cumsum(-1)[:1] if probs.is_cuda and len(probs) == 1 else probs.cumsum(-1)
     total = cdf[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total itself
     token = torch.searchsorted(cdf, torch.minimum(u.to(cdf.dtype) * total, below), right=True)
@@ -278,7 +277,8 @@ class Rollout:
         self.logprobs = torch.zeros(shape, device=self.device)
         self.last, self.count, self.limit, self.key = torch.zeros(4, self.slots, dtype=torch.int64, device=self.device)
         self.ended = torch.ones(self.slots, dtype=torch.bool, device=self.device)
-        self.graphs = {} if self.device.type == "cuda" else None  # by number of slots
+        # CUDA graphs by number of slots; not under FSDP2, whose hooks wait for streams that a capture must not see
+        self.graphs = {} if self.device.type == "cuda" and not fsdp_modules(model) else None
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
 
     def _dense(self, slots: int, length: int) -> KVCache:
@@ -440,11 +440,12 @@ class Rollout:
     def _reserve(self, tokens: int) -> None:
         """Room for so many more tokens of every row: a longer dense cache, or blocks, for which the last rows give way."""
         if self.pool is None:
-            old, needed = self.cache, tokens + max(map(self._cached, self.rows))
+            old, needed = self.cache, min(self.longest, tokens + max(map(self._cached, self.rows)))
             if needed > old.max_len:
                 self.cache = self._dense(self.slots, max(needed, old.max_len + max(CACHE_CHUNK, old.max_len // 8)))
                 self.cache.k[..., : old.max_len, :], self.cache.v[..., : old.max_len, :] = old.k, old.v
                 self.cache.lengths = old.lengths
+                self.graphs = None if self.graphs is None else {}  # they write into the old one
             return
         slot = 0
         while slot < len(self.rows):
@@ -452,8 +453,9 @@ class Rollout:
             most = len(self.prompts[row.request]) + row.limit - 1
             short = -(-min(self._cached(row) + tokens, most) // self.cache.block_len) - len(row.blocks)
             if short <= len(self.pool.free):
-                row.blocks += [self.pool.take() for _ in range(short)]
-                self._show(slot)
+                if short > 0:
+                    row.blocks += [self.pool.take() for _ in range(short)]
+                    self._show(slot)
                 slot += 1
             else:
                 self._put_off()
@@ -465,10 +467,7 @@ class Rollout:
         whole, rest = divmod(start.length, size)
         # A block is left to each row that is under way, lest one comes in only to be put off at once.
         if (whole if start.blocks is None else 0) + 1 + len(self.rows) > len(self.pool.free):
-            if not self.rows:
-                sizes = f"{len(self.pool.users) - 1} blocks of {size} tokens"
-                raise ValueError(f"a request of {start.length + 1} tokens does not fit in the KV cache of {sizes}")
-            return False
+            return not self.rows and self._let_go(start.length) and self._fill_blocks(row)
         if start.blocks is None:
             start.blocks = [self.pool.take() for _ in range(whole)]
             for i, block in enumerate(start.blocks):
@@ -485,8 +484,8 @@ class Rollout:
         slot = len(self.rows) - 1
         row = self.rows[slot]
         if slot == 0:
-            sizes = f"{len(self.pool.users) - 1} blocks of {self.cache.block_len} tokens"
-            raise ValueError(f"a request of {self._cached(row) + 1} tokens does not fit in the KV cache of {sizes}")
+            self._let_go(self._cached(row))
+            return
         row.tokens, row.logprobs = (x[slot, : row.count].tolist() for x in (self.tokens, self.logprobs))
         length = self._cached(row)
         kept = KVCache(self.model.config, 1, length, self.model.compute_dtype)
@@ -494,6 +493,18 @@ class Rollout:
         self._remove(slot)
         row.start = Computed(kept, 0, length)
         self.ready.appendleft(row)
+
+    def _let_go(self, length: int) -> bool:
+        """For the only row: free the prompts' blocks that are kept for rows that wait; these copy them again."""
+        kept = [row.start for row in self.ready if row.start.blocks]
+        for start in kept:
+            if start.blocks is not None:  # several rows wait for one prompt
+                self.pool.give_back(start.blocks)
+                start.blocks = None
+        if not kept:
+            sizes = f"{len(self.pool.users) - 1} blocks of {self.cache.block_len} tokens"
+            raise ValueError(f"a request of {length + 1} tokens does not fit in the KV cache of {sizes}")
+        return True
 
     def _show(self, slot: int) -> None:
         """Write a row's blocks into the host's table."""
@@ -548,17 +559,17 @@ class Sampler:
         the list unless given.
         """
         policy = Policy(temperature, top_p, top_k, min_p)
-        rollout = self._rollout(prompts, n, max_new_tokens, policy, seed, stop, request_ids)
-        with cast_weights(self.model):
+        with cast_weights(self.model), unordered_writes():
+            rollout = self._rollout(prompts, n, max_new_tokens, policy, seed, stop, request_ids)
             while rollout.step():
                 pass
         return rollout.done
 
     def stream(self, prompt, max_new_tokens=256, seed=0, stop=None, **policy) -> Iterator[str]:
         """The text of generate([prompt], ...)[0][0] as it is sampled, in pieces of whole characters."""
-        rollout = self._rollout([prompt], 1, max_new_tokens, Policy(**policy), seed, stop)
         decoder, sent = codecs.getincrementaldecoder("utf-8")("replace"), 0
-        with cast_weights(self.model):
+        with cast_weights(self.model), unordered_writes():
+            rollout = self._rollout([prompt], 1, max_new_tokens, Policy(**policy), seed, stop)
             while rollout.step():
                 data = rollout.stop.settled(rollout.tokens[0, : rollout.count[0]].tolist())
                 if piece := decoder.decode(data[sent:]):
@@ -599,6 +610,7 @@ class Sampler:
         elif p.is_cuda:
             c = self.model.config
             one = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size * self.model.compute_dtype.itemsize
+            torch.cuda.empty_cache()  # what torch has kept of earlier rollouts counts as taken otherwise
             number = min(number, int(GPU_SHARE * torch.cuda.mem_get_info(p.device)[0]) // one)
         if number < row:
             raise ValueError(
@@ -646,6 +658,30 @@ def cast_weights(model: Llama):
 
 
 @contextmanager
+def unordered_writes():
+    """Within, torch need not put writes in an order, as `use_deterministic_algorithms` asks of it.
+
+    The sampler writes each number to a place of its own, so nothing can differ; ordering would copy indices to the GPU
+    in the middle of a step, which a CUDA graph cannot record, and cumsum would refuse to run.
+    """
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+def fsdp_modules(model) -> list:
+    """The modules that FSDP2 has sharded, none of a plain model."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+@contextmanager
 def unsharded(model: Llama):
     """Within, an FSDP2 model's weights are whole on every rank, and its forward does not communicate; then sharded.
 
@@ -653,9 +689,9 @@ def unsharded(model: Llama):
     copy of the weights in the compute dtype. Other models are left alone. Not to be entered in inference mode: the
     gathered tensors are used by the training that follows.
     """
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+    from torch.distributed.fsdp import register_fsdp_forward_method
 
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    modules = fsdp_modules(model)
     if not modules:
         yield
         return

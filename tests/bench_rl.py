@@ -127,8 +127,8 @@ class ForcedLengths:
         return scores
 
 
-def our_step(model: Llama, lengths: list[int]):
-    """Rollout, rewards, packed update by rl.py's own functions."""
+def our_step(model: Llama, lengths: list[int], share: bool):
+    """Rollout, rewards, packed update by rl.py's own functions; share: a group's prompt once in the update, its default."""
     sampler, optimizer = Sampler(model, None, slots=128), midtrain.make_optimizer(model, 1e-6, weight_decay=0.0)
     args = SimpleNamespace(
         prompts_per_step=P, rollouts=G, updates=1, filter="none", overlong="keep", surrogate="clip", loss_agg="token",
@@ -138,6 +138,7 @@ def our_step(model: Llama, lengths: list[int]):
     ids, world = prompts(P), midtrain.World()
 
     def step() -> float:
+        rl.shares_prompts = lambda device: share
         start = time.process_time()
         groups = sampler.generate(ids, n=G, max_new_tokens=[lengths[i * G : i * G + G] for i in range(P)], stop=())
         rewards = torch.tensor([[score(c.tokens) for c in group] for group in groups])
@@ -195,7 +196,8 @@ def steps(folder: str, model: Llama, title: str, lengths: list[int], rounds: int
         arms["TRL"] = their_step(folder, lengths)
     except ImportError as error:
         print(f"TRL is not timed: {error}")
-    arms["ours"] = our_step(model, lengths)
+    arms["ours"] = our_step(model, lengths, True)
+    arms["ours, a prompt before each answer"] = our_step(model, lengths, False)
     race(title, arms, sum(lengths), rounds)
 
 

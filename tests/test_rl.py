@@ -702,7 +702,7 @@ def test_dapo_asks_until_all_groups_have_a_signal(checkpoint, tmp_path, monkeypa
     assert any(json.loads(line)["reward"] not in (1, -1) for text in texts.values() for line in text.splitlines())
     for row, text in zip(rows[1:], texts.values()):
         groups = [[json.loads(line) for line in text.splitlines()[i : i + 4]] for i in range(0, 4 * row["asked"], 4)]
-        signal = [group for group in groups if len({answer["reward"] for answer in group}) > 1]
+        signal = [g for g in groups if len({odd_reward(a["response"], 0) if int(a["gold"]) % 3 else -1 for a in g}) > 1]
         assert row["trained_tokens"] == sum(answer["tokens"] for group in signal[:4] for answer in group)
         assert len(signal) >= 4 or row["asked"] == 20
 
@@ -758,15 +758,21 @@ def test_prompts_of_the_hub_and_benchmarks_beside_training(tmp_path):
     rows = [{"question": f"{i} + 1?", "answer": f"It is {i}, and one.\n#### {i + 1}"} for i in range(5)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set/train-0.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([{"text": "no problem"}]), tmp_path / "other/train-0.parquet")
-    found = rl.read_problems(f"hub:{tmp_path / 'set'}", None)
+    found = rl.read_problems(f"hub:{tmp_path / 'set'}")
     assert found[4] == {"problem": "4 + 1?", "answer": "5"} and len(found) == 5
     with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
-        rl.read_problems(f"hub:{tmp_path / 'other'}", None)
+        rl.read_problems(f"hub:{tmp_path / 'other'}")
+    args = settings(prompts=None, eval="math500", data=str(tmp_path), eval_problems=9, template="simple", max_prompt=99)
+    words = tokenizer.train(["Question: Answer: 1 + 2?"], 260)
+    with pytest.raises(FileNotFoundError, match="eval/math500.jsonl"):
+        rl.load_problems(args, words)
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval/math500.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
-    assert rl.read_problems("math500", str(tmp_path))[0]["answer"] == "2"
+    args.max_prompt = 9999
+    assert rl.load_problems(args, words)[1][0]["answer"] == "2"
+    args.eval = "math501"
     with pytest.raises(FileNotFoundError, match="math501: no such file"):
-        rl.read_problems("math501", str(tmp_path))
+        rl.load_problems(args, words)
 
 
 def test_the_longest_prompt_is_named(checkpoint, tmp_path, monkeypatch, capsys):
@@ -833,6 +839,8 @@ def test_report(checkpoint, tmp_path, monkeypatch, capsys):
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/one.jsonl"], "holds one problem"),
         (["--ckpt", "{ckpt}", "--prompts-per-step", "3", "--updates", "2"], "does not split"),
         (["--ckpt", "{ckpt}", "--length-schedule", "10:5"], "begin at 0"),
+        (["--ckpt", "{ckpt}", "--dual-clip", "0.5"], "give 3, or 0"),
+        (["--ckpt", "{ckpt}", "--dual-clip", "3", "--surrogate", "cispo"], "does nothing with --surrogate cispo"),
         (["--ckpt", "{ckpt}", "--max-prompt", "2"], "no prompt is within --max-prompt 2"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/none.jsonl"], "none.jsonl"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/empty.jsonl"], "holds no problem"),

@@ -412,6 +412,32 @@ def test_a_paged_cache_changes_nothing(block_len, cache_tokens, rollouts):
     assert len(rollout.pool.free) == len(rollout.pool.users) - 1 and not any(rollout.pool.users), "no block is lost"
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_any_pool_gives_the_same_tokens(seed, rollouts, monkeypatch):
+    """Prompts, limits, stops, slots, blocks and looks of all kinds; a pool that holds the longest request holds them all."""
+    model, rng = random_llama(), random.Random(seed)
+    prompts = [
+        [rng.randrange(61) for _ in range(rng.randint(1, rng.choice((3, 20, 40))))] for _ in range(rng.randint(1, 7))
+    ]
+    n, size = rng.randint(1, 5), rng.randint(1, 16)
+    limits = [[rng.randint(1, rng.choice((2, 10, 40))) for _ in range(n)] for _ in prompts]
+    how = {"n": n, "max_new_tokens": limits, "stop": rng.choice(((), (3,), (3, 7, 11, 50))), "seed": seed}
+    least = max(-(-(len(prompt) + max(limit)) // size) for prompt, limit in zip(prompts, limits))
+    dense = Sampler(model, None).generate(prompts, **how)
+    monkeypatch.setattr(sample, "LOOK_EVERY", rng.randint(1, 8))
+    remember = sample.Rollout.__init__
+
+    def like_a_gpu(self, *args):
+        remember(self, *args)
+        self.look_every = sample.LOOK_EVERY
+
+    monkeypatch.setattr(sample.Rollout, "__init__", like_a_gpu)
+    pool = {"block_len": size, "cache_tokens": size * (least + rng.choice((0, 0, 1, 6, 99)))}
+    assert tokens_of(Sampler(model, None, rng.randint(1, 10), **pool).generate(prompts, **how)) == tokens_of(dense)
+    pool = rollouts[-1].pool
+    assert len(pool.free) == len(pool.users) - 1 and not any(pool.users), "no block is lost"
+
+
 def test_rows_share_the_whole_blocks_of_their_prompt(rollouts):
     sampler = Sampler(random_llama(), None, slots=8, block_len=4)
     rollout = sampler._rollout([[5] * 11], 8, 20, Policy(), 0, ())
