@@ -8,7 +8,7 @@ unnecessary; then one or more clipped policy-gradient updates. The choices that 
    is truncated, the stop token is trained like any other. The numerical difference that is left is logged as the gap.
 2. One loss function, `grpo_loss`, on plain tensors; a variant is a branch of a few lines with its formula beside it.
 3. Denominators are counted over all ranks and micro-batches before the first backward pass, so the gradient does not
-   depend on how the batch is cut. Answers are packed without padding.
+   depend on how the batch is cut. Answers are packed without padding, on a CPU behind one copy of their group's prompt.
 4. Everything random is a function of (seed, step): the order of the prompts, each answer's random numbers. A run that
    is killed and started again goes on as if nothing had happened, bit for bit.
 

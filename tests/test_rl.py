@@ -387,19 +387,23 @@ CASES = {  # which rank has which of the samples
 }
 
 
-def test_two_ranks_give_the_gradient_of_one(tmp_path):
+def on_two_ranks(*arguments):
+    """Run this file with these arguments as two processes that know of each other."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, "ranks", str(tmp_path / "ranks.pt")],
-            env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            [sys.executable, __file__, *arguments], env={**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r)}
         )
         for r in (0, 1)
-    ]  # fmt: skip
+    ]
     assert [p.wait(120) for p in ranks] == [0, 0]
+
+
+def test_two_ranks_give_the_gradient_of_one(tmp_path):
+    on_two_ranks("ranks", str(tmp_path / "ranks.pt"))
     found = torch.load(tmp_path / "ranks.pt")
     for case, (_, has) in CASES.items():
         alone = change(some_samples(signal=has), settings())[1]
@@ -721,23 +725,13 @@ def test_dapo_asks_until_all_groups_have_a_signal(checkpoint, tmp_path, monkeypa
 
 def test_two_ranks_ask_the_same_and_get_the_same(checkpoint, uninterrupted, tmp_path, monkeypatch):
     """A run on two ranks makes the rollouts of one, and one process goes on from where two were stopped."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    program = [sys.executable, __file__, "run", *command(checkpoint, tmp_path, "--steps", "2")]
-    ranks = [
-        subprocess.Popen(program, env={**os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2",
-                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-        for r in (0, 1)
-    ]  # fmt: skip
-    assert [p.wait(120) for p in ranks] == [0, 0]
+    on_two_ranks("run", *command(checkpoint, tmp_path, "--steps", "2"))
     first = {f.name: f.read_text() for f in (tmp_path / "rl-micro/rollouts").iterdir()}
     whole = uninterrupted[2]
     assert first == {name: whole[name] for name in sorted(whole)[:2]}
     run(monkeypatch, command(checkpoint, tmp_path))
     assert outcome(tmp_path)[2].keys() == whole.keys()
-    last = [json.loads((tmp_path / "rl-micro/metrics.jsonl").read_text().splitlines()[-1])["step"]]
-    assert last == [6]
+    assert [row["step"] for row in outcome(tmp_path)[1]] == list(range(7))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1"])
