@@ -315,7 +315,7 @@ class Rollout:
     def _capture(self, B: int) -> torch.cuda.CUDAGraph:
         """Record, without running it, a step of B slots. Its tensors stay where they are as long as this rollout lives.
 
-        A rollout records its own graphs: FSDP2's whole weights, and those cast from fp32, lie elsewhere in the next one.
+        A rollout records its own graphs: its cache, and weights cast from fp32, lie elsewhere in the next one.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=next((g.pool() for g in self.graphs.values()), None)):
