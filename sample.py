@@ -390,10 +390,8 @@ class Rollout:
         """After `tokens` steps: take the rows that are finished out of their slots, and let wrong alarms go on."""
         for row in self.rows:
             row.count += tokens
-        flags = self.ended[: len(self.rows)].tolist()
-        for slot in reversed(
-            [slot for slot, flag in enumerate(flags) if flag]
-        ):  # from the back: what moves up is not done
+        ended = self.ended[: len(self.rows)].nonzero().flatten().tolist()
+        for slot in reversed(ended):  # from the back: what moves up is not done
             row, count = self.rows[slot], int(self.count[slot])
             check_finite(self.logprobs[slot, :count])
             row.count, row.tokens = count, self.tokens[slot, :count].tolist()
@@ -403,7 +401,7 @@ class Rollout:
             else:
                 self.ended[slot] = False
 
-    def _remove(self, slot: int) -> Row:
+    def _remove(self, slot: int) -> None:
         """Take a row out of its slot and close the hole with the last row."""
         row, moved = self.rows[slot], self.rows.pop()
         last = len(self.rows)
@@ -419,7 +417,6 @@ class Rollout:
         if self.pool is not None:
             self.pool.give_back(row.blocks)
             self.table[last] = 0
-        return row
 
     def _finish(self, row: Row) -> bool:
         """Record the completion of a row if its last token ends it."""
