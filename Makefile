@@ -80,7 +80,6 @@ bench: $(VENV)/test.ok
 
 lint: $(VENV)/test.ok
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

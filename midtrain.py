@@ -23,8 +23,6 @@ What to know before reading:
 import argparse
 import contextlib
 import ctypes
-import errno
-import hashlib
 import io
 import json
 import math
@@ -36,10 +34,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -49,12 +46,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 
-try:
-    import fcntl
-except ImportError:  # Windows: there nobody keeps two runs out of one folder
-    fcntl = None
-
-from data import Parser, prepare, recipes, run_cli, shards, tokenizer
+from data import files, prepare, recipes, shards, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
 from model import (
@@ -66,8 +58,6 @@ from model import (
     LlamaConfig,
     config_from_hf,
     load_pretrained,
-    read_json,
-    with_vocab,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,24 +142,13 @@ def setup(threads: int | None = None) -> World:
     return World(dist.get_rank(), dist.get_world_size(), device, local_rank)
 
 
-def is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
-
-def say(text: str) -> None:
-    if is_first():
-        print(text, flush=True)
-
-
-say_once = cache(say)
-
-
-def on_first_rank(work: Callable):
+def on_rank0(work: Callable):
     """work() on rank 0 while the others wait; all get its result, or its error."""
     if not dist.is_initialized():
         return work()
     outcome: list = [None, None]
-    if is_first():
+    if files.is_rank0():
         try:
             outcome[0] = work()
         except (ValueError, OSError) as error:
@@ -184,53 +163,23 @@ LOCK_WAIT = 60  # seconds: the ranks of a run that was killed may still be savin
 
 
 @contextlib.contextmanager
-def alone(folder: str):
-    """Nobody else trains in this folder meanwhile: rank 0 holds a lock that its death, however sudden, gives back.
-
-    ValueError if another process keeps it for longer than LOCK_WAIT.
-    """
-    held: list = []
-    on_first_rank(lambda: held.append(_lock(folder)) if fcntl else None)
+def run_lock(folder: str):
+    """files.run_lock() on rank 0, for all ranks."""
+    lock = files.run_lock(folder, LOCK_WAIT)
+    on_rank0(lock.__enter__)
     try:
         yield
     finally:
-        for file in held:
-            file.close()
+        if files.is_rank0():
+            lock.__exit__(None, None, None)
 
-
-def _lock(folder: str):
-    os.makedirs(folder, exist_ok=True)
-    file, end = open(os.path.join(folder, "lock"), "a+"), time.monotonic() + LOCK_WAIT  # noqa: SIM115, closed by alone()
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                say_once(f"{folder} is on a file system without locks: nothing keeps a second run out of it")
-                break
-            if not isinstance(error, BlockingIOError):
-                raise
-            file.seek(0)
-            owner = file.read().strip()
-            if time.monotonic() > end:
-                file.close()
-                raise ValueError(
-                    f"process {owner} is training in {folder}: wait for its end, or use another --out"
-                ) from None
-            say_once(f"waiting for process {owner}, which trains in {folder}")
-            time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
 
 
 doing = {"what": "its start"}  # for the last words of a rank that fails
 
 
 @contextlib.contextmanager
-def one_voice():
+def clean_exit():
     """Around a program. All ranks meet the same bad input: rank 0 reports it, and torchrun ends the others at once.
 
     Several processes leave by os._exit: FSDP2 keeps gloo's threads alive after the group is destroyed, and one that still
@@ -244,7 +193,7 @@ def one_voice():
             raise
         code = stop.code
     except (ValueError, OSError):
-        if not is_first():
+        if not files.is_rank0():
             time.sleep(3)  # still here: only this rank has failed, so it must speak
         raise
     except Exception as error:
@@ -263,7 +212,7 @@ def one_voice():
         os._exit(code)
 
 
-def shard(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1) -> Llama:
+def apply_fsdp(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1) -> Llama:
     """Place the model (fp32) on the device, sharded over the ranks; activations run in `dtype`. One on the meta device stays
     there, sharded: to_empty() allocates each rank's part.
 
@@ -345,13 +294,13 @@ def save_checkpoint(
     folder = os.path.join(stage_dir, "checkpoints")
     final, aside = os.path.join(folder, f"step_{step:06d}"), os.path.join(folder, "unfinished")
     try:
-        on_first_rank(lambda: (shutil.rmtree(aside, ignore_errors=True), os.makedirs(aside)))
+        on_rank0(lambda: (shutil.rmtree(aside, ignore_errors=True), os.makedirs(aside)))
         weights, moments = states.get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=os.path.join(aside, "state"))
         whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0
         full = states.get_model_state_dict(model, options=whole)
         meta = meta | {"step": step, "tokenizer": tok.hash}
-        on_first_rank(lambda: _publish(aside, final, model, full, tok, meta, keep_every))
+        on_rank0(lambda: _publish(aside, final, model, full, tok, meta, keep_every))
     except (OSError, dcp.CheckpointException) as error:
         free = shutil.disk_usage(stage_dir).free >> 20
         shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
@@ -368,61 +317,23 @@ def _publish(aside: str, final: str, model, weights: dict[str, Tensor], tok: Tok
     except SafetensorError as error:  # how that library reports a full disk
         raise OSError(str(error)) from None
     tok.save(os.path.join(aside, tokenizer.FILE_NAME))
-    files = sorted(
+    names = sorted(
         os.path.relpath(os.path.join(root, name), aside) for root, _, names in os.walk(aside) for name in names
     )
-    sums = dict(zip(files, file_hashes([os.path.join(aside, name) for name in files])))
-    sizes = {name: os.path.getsize(os.path.join(aside, name)) for name in files}
-    replace_file(os.path.join(aside, "meta.json"), json.dumps(meta | {"files": sizes, "sha256": sums}, indent=1))
+    paths = [os.path.join(aside, name) for name in names]
+    sums, sizes = dict(zip(names, files.file_hashes(paths))), dict(zip(names, map(os.path.getsize, paths)))
+    files.write_json(os.path.join(aside, "meta.json"), meta | {"files": sizes, "sha256": sums})
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     folder, name = os.path.split(final)
-    replace_file(os.path.join(folder, "latest"), name)
-    steps = {path: int(path.rsplit("_", 1)[1]) for path in checkpoints(folder)}
+    files.write_text(os.path.join(folder, "latest"), name)
+    steps = {path: int(path.rsplit("_", 1)[1]) for path in files.checkpoints(os.path.dirname(folder))}
     for later in [path for path in steps if steps[path] > meta["step"]]:  # damaged, or this run would have begun there
         shutil.rmtree(later)
         del steps[later]
     for old in list(steps)[KEEP:]:
         if not keep_every or steps[old] % keep_every:
             shutil.rmtree(old)
-
-
-def replace_file(path: str, text: str) -> None:
-    """Write a text file aside and rename it: whoever reads it finds the old text or the new one."""
-    with open(path + ".tmp", "w") as f:
-        f.write(text + "\n" * (text != ""))
-    os.replace(f.name, path)
-
-
-def checkpoints(folder: str) -> list[str]:
-    """The step_* folders, newest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted((int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit()), reverse=True)
-    return [os.path.join(folder, f"step_{step:06d}") for step in steps]
-
-
-def latest_checkpoint(stage_dir: str) -> str | None:
-    """The newest checkpoint whose files have the lengths and checksums they were written with; None if there is none."""
-    for path in checkpoints(os.path.join(stage_dir, "checkpoints")):
-        if is_intact(path):
-            return path
-        say_once(f"{path} is damaged: taking the one before it")
-    return None
-
-
-@cache  # a program asks several times, and a large checkpoint takes seconds to read
-def _matches(files: tuple[str, ...], sizes: tuple[int, ...], sums: tuple[str, ...], _modified: tuple[int, ...]) -> bool:
-    return tuple(map(os.path.getsize, files)) == sizes and tuple(file_hashes(files)) == sums
-
-
-def is_intact(path: str) -> bool:
-    try:
-        meta = read_json(os.path.join(path, "meta.json"))
-        files = tuple(os.path.join(path, name) for name in meta["files"])
-        modified = tuple(os.stat(file).st_mtime_ns for file in files)
-        return _matches(files, tuple(meta["files"].values()), tuple(meta["sha256"].values()), modified)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -> dict:
@@ -441,27 +352,15 @@ def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -
     states.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
-    return read_json(os.path.join(path, "meta.json"))
+    return files.read_json(os.path.join(path, "meta.json"))
 
 
 def check_shape(path: str, config: LlamaConfig) -> None:
     """ValueError, naming the differences, if the checkpoint at path is not of this shape."""
-    found, wanted = asdict(config_from_hf(read_json(os.path.join(path, "config.json")))), asdict(config)
+    found, wanted = asdict(config_from_hf(files.read_json(os.path.join(path, "config.json")))), asdict(config)
     found["max_position"] = wanted["max_position"]  # says what a model was made for, changes nothing in it
-    if changed := differences(found, wanted):
+    if changed := files.differences(found, wanted):
         raise ValueError(f"{path} is of another shape than this run's model: {changed}")
-
-
-def differences(old: dict, new: dict) -> str:
-    """What differs between two nested dicts, in words: "lr 0.1 → 0.2; model.num_layers 4 → 2"; "" if nothing does."""
-    changed = []
-    for key in old | new:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed += [f"{key}.{part}" for part in differences(a, b).split("; ") if part]
-        elif a != b:
-            changed.append(f"{key} {a} → {b}")
-    return "; ".join(changed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,10 +380,10 @@ class MetricsLog:
 
     def __init__(self, stage_dir: str, step: int):
         self.file = None
-        if not is_first():
+        if not files.is_rank0():
             return
         path = os.path.join(stage_dir, "metrics.jsonl")
-        replace_file(path, "\n".join(json.dumps(row) for row in read_metrics(path) if row["step"] <= step))
+        files.write_text(path, "\n".join(json.dumps(row) for row in read_metrics(path) if row["step"] <= step))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
 
     def write(self, row: dict) -> None:
@@ -608,7 +507,7 @@ def open_data(args) -> str:
         raise ValueError(f"--preset {args.preset} needs --data DIR, a folder made by python -m data.prepare")
     if not args.data:
         if not index:
-            say(f"[data] generating text and training a tokenizer on it: {folder}")
+            files.print0(f"[data] generating text and training a tokenizer on it: {folder}")
         extra = {*(index or {"sources": ()})["sources"], *resolve_mixture(args.mix, "tiny")} & EXTRA_TOKENS.keys()
         tokens = run["tokens"] | {name: EXTRA_TOKENS[name] for name in sorted(extra)}
         prepare.prepare_synth(folder, run["vocab"], args.seq_len, tokens, args.seed)
@@ -628,7 +527,7 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
     if world.size % args.replicate:
         raise ValueError(f"--replicate {args.replicate} does not divide {world.size} ranks")
     run, parent, tok, named = RUNS[args.preset], STANDS_ON[stage], tokenizer.load(data_dir), stage == args.branch
-    data_world = read_json(os.path.join(data_dir, "index.json"))["settings"]["world"]
+    data_world = files.read_json(os.path.join(data_dir, "index.json"))["settings"]["world"]
     mixtures = recipes.STAGES.get(data_world, {})
     if named and args.mix:
         mixtures = mixtures | {stage: resolve_mixture(args.mix, data_world)}
@@ -644,7 +543,7 @@ def resolve(stage: str, args, data_dir: str, world: World) -> Settings:
         steps=named and args.steps or run["steps"][stage], lr=named and args.lr or run["lr"][stage],
         warmup=run["warmup"] if stage == "base" else 0, batch=args.batch, seq_len=args.seq_len,
         dtype=fastest_dtype(world.device) if args.dtype == "auto" else args.dtype, seed=args.seed,
-        mixture=mixtures[stage], tokenizer=tok.hash, data=file_hash(os.path.join(data_dir, "index.json")),
+        mixture=mixtures[stage], tokenizer=tok.hash, data=files.file_hash(os.path.join(data_dir, "index.json")),
         model=asdict(replace(config, max_position=max(config.max_position, args.seq_len))),
     )  # fmt: skip
 
@@ -654,41 +553,27 @@ def model_shape(args, parent: str | None, vocab_size: int) -> LlamaConfig:
     what it starts from: --init, or the stage below."""
     config, below, found = PRESETS[args.preset], os.path.join(args.out, parent or "", "config.json"), None
     if args.init and parent == "base":
-        found = config_from_hf(read_json(os.path.join(args.init, "config.json")))
+        found = config_from_hf(files.read_json(os.path.join(args.init, "config.json")))
     elif parent and os.path.exists(below):
         try:
-            found = LlamaConfig(**read_json(below)["model"])
+            found = LlamaConfig(**files.read_json(below)["model"])
         except (KeyError, TypeError):
             raise ValueError(f"{below} is not the configuration of a stage: use another --out") from None
     if RUNS[args.preset]["steps"]["base"]:
-        return with_vocab(config, found.vocab_size if found else vocab_size)
+        return replace(config, vocab_size=found.vocab_size if found else vocab_size)
     found = replace(found or config, max_position=config.max_position)
-    if changed := differences(asdict(config), asdict(found)):
-        say_once(f"the schedule of --preset {args.preset}, the model's own shape ({changed})")
+    if changed := files.differences(asdict(config), asdict(found)):
+        files.print0_once(f"the schedule of --preset {args.preset}, the model's own shape ({changed})")
     return found
-
-
-def file_hash(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def file_hashes(paths: Sequence[str]) -> list[str]:
-    """Several at once: hashing leaves Python's lock, and a checkpoint has a file for each rank."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(file_hash, paths))
 
 
 def open_folder(folder: str, settings: dict) -> None:
     """Make a stage's or RL run's folder; if something was trained in it, that must have been with the same settings."""
-    path, text = os.path.join(folder, "config.json"), json.dumps(settings, indent=1)
-    if latest_checkpoint(folder) and (changed := differences(read_json(path), json.loads(text))):
-        raise ValueError(f"{folder} was made with other settings ({changed}): use another --out")
+    path = os.path.join(folder, "config.json")
+    if files.latest_checkpoint(folder):
+        files.check_same_settings(folder, files.read_json(path), settings)
     os.makedirs(folder, exist_ok=True)
-    replace_file(path, text)
+    files.write_json(path, settings)
 
 
 def load_model(settings: Settings, own: str | None, args, world: World) -> tuple[Llama, torch.optim.AdamW]:
@@ -702,7 +587,7 @@ def load_model(settings: Settings, own: str | None, args, world: World) -> tuple
             raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
     with torch.device("meta"):  # no rank holds the whole model, not even for a moment
         model = Llama(config)
-    model = shard(
+    model = apply_fsdp(
         add_options(model, args.compile, args.activation_checkpointing), world, DTYPES[settings.dtype], args.replicate
     )
     model.to_empty(device=world.device)
@@ -714,7 +599,7 @@ def load_model(settings: Settings, own: str | None, args, world: World) -> tuple
     optimizer = make_optimizer(model, settings.lr)
     if not from_init and (own or settings.starts_from != "random"):
         parent = os.path.join(args.out, settings.starts_from)
-        load_checkpoint(own or on_first_rank(lambda: latest_checkpoint(parent)), model, optimizer)
+        load_checkpoint(own or on_rank0(lambda: files.latest_checkpoint(parent)), model, optimizer)
     return model, optimizer
 
 
@@ -753,7 +638,7 @@ def train_step(model: Llama, optimizer, batch: Batch, names: tuple[str, ...], mi
 
 
 @torch.no_grad()
-def evaluate(
+def validate(
     model: Llama, loader: Loader, mixture: dict[str, float], micro_batch: int, world: World, token_bytes: Tensor
 ) -> dict:
     """On held-out text of each source: loss in nats a token, and bits per byte, which another tokenizer does not change.
@@ -776,16 +661,16 @@ def evaluate(
 
 def run_stage(stage: str, args, world: World) -> None:
     """Train one stage to its end, from where its folder stands. SystemExit(130 or 143) after a signal, once saved."""
-    stage_dir, data_dir = os.path.join(args.out, stage), on_first_rank(lambda: open_data(args))
+    stage_dir, data_dir = os.path.join(args.out, stage), on_rank0(lambda: open_data(args))
     settings = resolve(stage, args, data_dir, world)
-    on_first_rank(lambda: open_folder(stage_dir, asdict(settings)))
-    own = on_first_rank(lambda: latest_checkpoint(stage_dir))
+    on_rank0(lambda: open_folder(stage_dir, asdict(settings)))
+    own = on_rank0(lambda: files.latest_checkpoint(stage_dir))
     if own and args.resume == "never":
         raise ValueError(f"{stage_dir} has a checkpoint: --resume auto goes on from it, another --out starts anew")
-    meta = read_json(f"{own}/meta.json") if own else {"step": 0}
+    meta = files.read_json(f"{own}/meta.json") if own else {"step": 0}
     start, skipped = meta["step"], meta.get("skipped", 0)
     if start >= settings.steps:
-        return say(f"[{stage}] is finished: {own}")
+        return files.print0(f"[{stage}] is finished: {own}")
     order = args.seed + 1000 * list(STANDS_ON).index(stage)  # no stage sees a shared source in the order of another
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, order)
     check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
@@ -793,7 +678,7 @@ def run_stage(stage: str, args, world: World) -> None:
     begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
     size = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps"
     where = f"{settings.dtype} on {world.size} x {world.device.type}"
-    say(f"[{stage}] {begin}: {size} of {args.batch} x {args.seq_len} tokens, {where}")
+    files.print0(f"[{stage}] {begin}: {size} of {args.batch} x {args.seq_len} tokens, {where}")
     log, speed, tok = MetricsLog(stage_dir, start), Speed(settings, world), tokenizer.load(data_dir)
     token_bytes = torch.zeros(tok.vocab_size, dtype=torch.int64)
     token_bytes[list(tok.ranks.values())] = torch.tensor([len(token) for token in tok.ranks])
@@ -810,30 +695,30 @@ def run_stage(stage: str, args, world: World) -> None:
             skipped = skipped + 1 if row.get("skipped") else 0
             signum, last = interrupt.agreed(world), step == settings.steps
             if last or step % args.eval_every == 0:  # before saving: then the rows up to a checkpoint are complete
-                row |= evaluate(model, loader, settings.mixture, args.micro_batch, world, token_bytes)
+                row |= validate(model, loader, settings.mixture, args.micro_batch, world, token_bytes)
             if last:
                 shares = {name: n / (step * args.batch) for name, n in loader.seen(step).items()}
                 row |= {f"share/{name}": share for name, share in shares.items()}
             log.write(row | speed.row())
             if skipped:
-                say(f"[{stage}] step {step} left out: loss {row['loss']}, gradient norm {row['grad_norm']}")
+                files.print0(f"[{stage}] step {step} left out: loss {row['loss']}, gradient norm {row['grad_norm']}")
             if skipped == SKIPS:
                 raise ValueError(
                     f"{SKIPS} steps in a row without a finite loss and gradient, up to step {step}: try a lower --lr, "
                     f"or --dtype fp32; the last checkpoint is intact"
                 )
             if last or signum or step == start + 1 or step % args.log_every == 0:
-                say(log_line(row, settings, speed))
+                files.print0(log_line(row, settings, speed))
             if last or signum or step % args.save_every == 0:
                 path = save_checkpoint(
                     stage_dir, step, model, optimizer, tok, {"stage": stage, "skipped": skipped}, args.keep_every
                 )
             if signum:
-                say(f"[{stage}] stopped after step {step}: saved {path}, the same command goes on")
+                files.print0(f"[{stage}] stopped after step {step}: saved {path}, the same command goes on")
                 raise SystemExit(128 + signum)
         if signum := interrupt.agreed(world):  # it came during the last evaluation or save
             raise SystemExit(128 + signum)
-    say(f"[{stage}] done: {path}; sequences seen: {', '.join(f'{name} {x:.1%}' for name, x in shares.items())}")
+    files.print0(f"[{stage}] done: {path}; sequences seen: {', '.join(f'{name} {x:.1%}' for name, x in shares.items())}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -845,7 +730,7 @@ def report(out: str) -> None:
     runs = {}
     for stage in STANDS_ON:
         if rows := read_metrics(os.path.join(out, stage, "metrics.jsonl")):
-            runs[stage] = read_json(os.path.join(out, stage, "config.json")), rows
+            runs[stage] = files.read_json(os.path.join(out, stage, "config.json")), rows
     if not runs:
         raise ValueError(f"no stage has run in {out}")
     lines = ["| stage | steps | tokens | loss, first steps | last | held out | bits per byte | sequences seen |"]
@@ -861,7 +746,7 @@ def report(out: str) -> None:
         )
     text = "\n".join(lines)
     print(text)
-    replace_file(os.path.join(out, "midtrain.md"), text)
+    files.write_text(os.path.join(out, "midtrain.md"), text)
     draw(os.path.join(out, "midtrain.png"), runs)
     print(f"wrote {out}/midtrain.md and {out}/midtrain.png")
 
@@ -902,10 +787,10 @@ def draw(path: str, runs: dict) -> None:
 # Command line
 
 
-def chain(args) -> list[str]:
+def stages_to_run(args) -> list[str]:
     """The stages to run: the one asked for and, before it, those that it stands on and that are not finished."""
     stages = [args.branch]
-    if latest_checkpoint(os.path.join(args.out, args.branch)):
+    if files.latest_checkpoint(os.path.join(args.out, args.branch)):
         return stages  # what it started from does not matter any more
     while (parent := STANDS_ON[stages[0]]) and not is_finished(os.path.join(args.out, parent)):
         if parent == "base" and args.init:
@@ -914,13 +799,13 @@ def chain(args) -> list[str]:
             raise ValueError(f"--preset {args.preset} needs --init DIR, the Hugging Face Llama that it starts from")
         stages.insert(0, parent)
     if len(stages) > 1:
-        say(f"[{args.branch}] stands on stages that are not there yet: running {', '.join(stages)}")
+        files.print0(f"[{args.branch}] stands on stages that are not there yet: running {', '.join(stages)}")
     return stages
 
 
 def is_finished(stage_dir: str) -> bool:
-    path = latest_checkpoint(stage_dir)
-    return path is not None and read_json(f"{path}/meta.json")["step"] >= read_json(f"{stage_dir}/config.json")["steps"]
+    path = files.latest_checkpoint(stage_dir)
+    return path is not None and files.read_json(f"{path}/meta.json")["step"] >= files.read_json(f"{stage_dir}/config.json")["steps"]
 
 
 def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, kernels: bool) -> dict[str, float]:
@@ -996,7 +881,7 @@ def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
 
 def show_plan(args) -> None:
     """Size, cost and memory of a stage on H200s, for several numbers of them."""
-    config = config_from_hf(read_json(f"{args.init}/config.json")) if args.init else PRESETS[args.preset]
+    config = config_from_hf(files.read_json(f"{args.init}/config.json")) if args.init else PRESETS[args.preset]
     steps = args.steps or RUNS[args.preset]["steps"][args.branch]
     tokens, device = steps * args.batch * args.seq_len, "NVIDIA H200"
     flops, dtype = tokens * flops_per_token(config, args.seq_len), "bf16" if args.dtype == "auto" else args.dtype
@@ -1036,9 +921,9 @@ def mixture(text: str) -> dict[str, float] | str:
     return weights
 
 
-def parse_arguments():
+def parse_args():
     """The flags; where one is not given, the preset's number."""
-    p = Parser(description=__doc__)
+    p = files.ArgumentParser(description=__doc__)
     p.add_argument("--branch", choices=STANDS_ON, help="stage to run; what it stands on comes first")
     p.add_argument("--preset", default="tiny", choices=RUNS, help="sizes and schedule (default tiny)")
     p.add_argument("--init", metavar="DIR", help="Hugging Face Llama to start from, in place of the base stage")
@@ -1076,7 +961,7 @@ def parse_arguments():
     p.add_argument("--plan", action="store_true", help="print size, cost and memory of the stage, and stop")
     p.add_argument("--report", action="store_true", help="table and picture of the stages in --out, and stop")
     p.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the GPUs' peak that --plan counts on")
-    with contextlib.redirect_stderr(sys.stderr if is_first() else io.StringIO()):
+    with contextlib.redirect_stderr(sys.stderr if files.is_rank0() else io.StringIO()):
         args = p.parse_args()
     if not args.branch and not args.report:
         raise ValueError(f"--branch is needed: one of {', '.join(STANDS_ON)}")
@@ -1095,17 +980,17 @@ def parse_arguments():
 
 
 def main() -> None:
-    with one_voice():
-        args = parse_arguments()
+    with clean_exit():
+        args = parse_args()
         if args.report:
             return report(args.out)
         if args.plan:
             return show_plan(args)
         world = setup(args.threads)
-        for stage in on_first_rank(lambda: chain(args)):
-            with alone(os.path.join(args.out, stage)):
+        for stage in on_rank0(lambda: stages_to_run(args)):
+            with run_lock(os.path.join(args.out, stage)):
                 run_stage(stage, args, world)
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    files.run_cli(main)

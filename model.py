@@ -22,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.library import triton_op, wrap_triton
 from torch.utils.checkpoint import checkpoint
+
+from data.files import read_json
 
 try:
     import triton
@@ -460,7 +462,7 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Where(NamedTuple):
+class AttentionContext(NamedTuple):
     """What every layer needs to know about the tokens of a forward pass, made once for all of them."""
 
     rope: tuple[Tensor, Tensor]  # cos and sin of each token's angles
@@ -485,7 +487,7 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, residual: Tensor | None, where: Where, layer: int) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, where: AttentionContext, layer: int) -> tuple[Tensor, Tensor]:
         x, residual = self.attn_norm(x, residual)
         x, residual = self.mlp_norm(self.attn(x, where, layer), residual)
         return self.mlp(x), residual
@@ -567,7 +569,7 @@ class Llama(nn.Module):
                 positions = positions + prefix[:, None] * (doc_start > 0)
             mask = None if kernel and prefix is None else document_mask(doc_start, self.compute_dtype, prefix)
         assert prefix is None or doc_start is not None, "a prefix is followed by documents: give doc_start"
-        where = Where(rope_tables(self.inv_freq, positions), doc_start, mask, prefix, positions, cache)
+        where = AttentionContext(rope_tables(self.inv_freq, positions), doc_start, mask, prefix, positions, cache)
         for layer, block in enumerate(self.blocks):
             x, residual = block(x, residual, where, layer)
         return self.norm(x, residual)[0]
@@ -1390,19 +1392,6 @@ def hf_name(name: str) -> str:
     return f"model.layers.{layer}.{_HF_NAMES[module]}.{kind}"
 
 
-def read_json(path: str) -> dict:
-    try:
-        with open(path) as f:
-            value = json.load(f)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} not found: a checkpoint folder holds config.json and *.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
 def config_from_hf(hf: dict) -> LlamaConfig:
     """A LlamaConfig from config.json, with `rope_theta` and `rope_scaling` or the newer `rope_parameters`."""
     if (kind := hf.get("model_type")) not in ("llama", "qwen2"):
@@ -1515,7 +1504,3 @@ def load_pretrained(model: Llama, path: str) -> None:
     for name, tensor in read_weights(path, model.config):
         assign(parameters[name], tensor)
 
-
-def with_vocab(config: LlamaConfig, vocab_size: int) -> LlamaConfig:
-    """The same shape for another vocabulary (tiny and small presets take their tokenizer's)."""
-    return replace(config, vocab_size=vocab_size)

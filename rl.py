@@ -49,9 +49,9 @@ from torch import Tensor
 
 import midtrain
 import verify
-from data import Parser, benchmarks, prepare, prompts, run_cli, synth
+from data import benchmarks, files, prepare, prompts, synth
 from model import Llama
-from sample import Sampler, find_checkpoint, load, unsharded
+from sample import Sampler, load_model, unsharded
 
 BRANCHES = ("base", "stable", "short", "long", "hybrid")
 
@@ -309,9 +309,9 @@ def write_rollouts(path: str, samples: list[Sample], asked: list[dict], world: m
         }
         for s in sorted((s for part in parts for s in part), key=lambda s: s.group)  # stable: a group stays in order
     ]  # fmt: skip
-    if midtrain.is_first():
+    if files.is_rank0():
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        midtrain.replace_file(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        files.write_jsonl(path, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ def optimizer_step(model, optimizer) -> float:
 def read_problems(source: str) -> list[dict]:
     """Rows {"problem", "answer"} of a file of JSON lines or of hub:ID."""
     is_hub = source.startswith("hub:")
-    rows = list(hub_problems(source[4:]) if is_hub else verify.read_rows(source, (("problem", "answer"),)))
+    rows = list(hub_problems(source[4:]) if is_hub else benchmarks.read_problems(source))
     if not rows:
         raise ValueError(f"{source} holds no problem")
     return rows
@@ -538,19 +538,19 @@ def load_problems(args, tok) -> tuple[list[dict], list[dict]]:
     if len(kept) < len(train):
         longest = f"the longest, problem {lengths.index(max(lengths)) + 1}, has {max(lengths)}"
         said = f"{len(train) - len(kept)} of {len(train)} prompts left out: longer than --max-prompt {args.max_prompt} tokens"
-        midtrain.say(f"{said} ({longest})")
+        files.print0(f"{said} ({longest})")
     return kept, held_out
 
 
 def starting_point(args) -> tuple[str, str]:
     """(checkpoint folder, name of this run)."""
     if args.ckpt:
-        return find_checkpoint(args.ckpt), "rl-" + os.path.basename(os.path.normpath(args.ckpt))
+        return files.find_checkpoint(args.ckpt), "rl-" + os.path.basename(os.path.normpath(args.ckpt))
     stage = os.path.join(args.out, args.branch)
-    if not midtrain.on_first_rank(lambda: midtrain.is_finished(stage)):
+    if not midtrain.on_rank0(lambda: midtrain.is_finished(stage)):
         how = f"python midtrain.py --branch {args.branch} --preset {args.preset} --out {args.out}"
         raise FileNotFoundError(f"{stage} is not a finished stage to start from; make it with: {how}")
-    return midtrain.on_first_rank(lambda: midtrain.latest_checkpoint(stage)), "rl-" + args.branch
+    return midtrain.on_rank0(lambda: files.latest_checkpoint(stage)), "rl-" + args.branch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,19 +564,19 @@ class Run:
         source, self.name = starting_point(args)
         self.args, self.world, self.folder = args, world, os.path.join(args.out, self.name)
         dtype = midtrain.fastest_dtype(world.device) if args.dtype == "auto" else args.dtype
-        models = [load(source) for _ in range(2 if args.kl_coef else 1)]
+        models = [load_model(source) for _ in range(2 if args.kl_coef else 1)]
         self.tok = models[0][1]
         args.dtype, args.stop = dtype, (*self.tok.stop_ids, *prompts.STOP)
         norm = models[0][0].norm.weight.detach().float().numpy()  # one small tensor tells a retrained model from this
         fingerprint = hashlib.sha256(norm.tobytes()).hexdigest()[:16]
         self.train, self.held_out = load_problems(args, self.tok)
-        self.model, *reference = (midtrain.shard(m.float(), world, midtrain.DTYPES[dtype]) for m, _ in models)
+        self.model, *reference = (midtrain.apply_fsdp(m.float(), world, midtrain.DTYPES[dtype]) for m, _ in models)
         self.reference = reference[0] if reference else None
         self.optimizer = midtrain.make_optimizer(self.model, args.lr, weight_decay=0.0)
         self.sampler = Sampler(self.model, self.tok, args.slots)
         settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {"weights": fingerprint}
-        midtrain.on_first_rank(lambda: midtrain.open_folder(self.folder, settings))
-        self.saved = midtrain.on_first_rank(lambda: midtrain.latest_checkpoint(self.folder))
+        midtrain.on_rank0(lambda: midtrain.open_folder(self.folder, settings))
+        self.saved = midtrain.on_rank0(lambda: files.latest_checkpoint(self.folder))
         self.step = midtrain.load_checkpoint(self.saved, self.model, self.optimizer)["step"] if self.saved else 0
         self.log = midtrain.MetricsLog(self.folder, self.step if self.saved else -1)
         self.started, self.first_step = time.perf_counter(), self.step
@@ -586,7 +586,7 @@ class Run:
         )
 
     def say(self, text: str) -> None:
-        midtrain.say(f"[{self.name}] {text}")
+        files.print0(f"[{self.name}] {text}")
 
     def loop(self) -> None:
         """Evaluate, then steps to the end. A row of metrics is complete before the checkpoint of its step is saved."""
@@ -702,8 +702,8 @@ def report(out: str) -> str:
     lines += ["", f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals; mean lengths in tokens."]
     text = "\n".join(lines)
     print(text)
-    midtrain.replace_file(os.path.join(out, "report.md"), text)
-    midtrain.replace_file(os.path.join(out, "report.json"), json.dumps(table, indent=1))
+    files.write_text(os.path.join(out, "report.md"), text)
+    files.write_json(os.path.join(out, "report.json"), {"rows": table})
     return draw(runs, os.path.join(out, "report.png"))
 
 
@@ -714,8 +714,7 @@ def report_seeds(outs: list[str]) -> None:
         path = os.path.join(out, "report.json")
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{out} has no report.json yet; make it with: python rl.py --report --out {out}")
-        with open(path) as f:
-            tables.append(json.load(f))
+        tables.append(files.read_json(path)["rows"])
     print(
         f"| start | before RL | after RL | difference, mean of {len(outs)} | of each | length before | after |\n"
         + "|---" * 7
@@ -774,7 +773,7 @@ MAY_CHANGE = (
 
 
 def parse_args():
-    p = Parser(prog="rl.py", description=__doc__)
+    p = files.ArgumentParser(prog="rl.py", description=__doc__)
     p.add_argument("--branch", choices=BRANCHES, help="start from this stage of --out")
     p.add_argument("--ckpt", metavar="DIR", help="or from this checkpoint, ours or a Hugging Face Llama's")
     p.add_argument(
@@ -827,7 +826,7 @@ def parse_args():
     for name, (ours, paper, text) in SIZES.items():
         flag, text = "--" + name.replace("_", "-"), f"{text} (tiny {ours}, paper {paper})"
         p.add_argument(flag, type=type(ours), metavar="X", help=text)
-    with contextlib.redirect_stderr(sys.stderr if midtrain.is_first() else io.StringIO()):
+    with contextlib.redirect_stderr(sys.stderr if files.is_rank0() else io.StringIO()):
         args = p.parse_args()
     for name, row in SIZES.items():
         if getattr(args, name) is None:
@@ -864,15 +863,15 @@ def check(args) -> None:
 
 
 def main() -> None:
-    with midtrain.one_voice():
+    with midtrain.clean_exit():
         args = parse_args()
         if args.report:
             return report_seeds(args.out.split(",")) if "," in args.out else print(report(args.out))
         check(args)
         world = midtrain.setup(args.threads)
-        with midtrain.alone(os.path.join(args.out, starting_point(args)[1])):
+        with midtrain.run_lock(os.path.join(args.out, starting_point(args)[1])):
             Run(args, world).loop()
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    files.run_cli(main)

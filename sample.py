@@ -33,8 +33,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data import Parser, run_cli
-from model import KVCache, Llama, read_json
+from data import files
+from model import KVCache, Llama
 
 PREFILL_TOKENS = 4096  # prompts computed together, padding included: enough to fill the processor, little to keep
 CACHE_CHUNK = 64  # room in a dense cache behind the longest prompt; used up, it grows by as much, or by an eighth
@@ -85,7 +85,7 @@ def uniforms(keys: Tensor, positions: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Policy:
+class SamplingParams:
     """How a token is drawn from logits. top_p = 1, top_k = 0 and min_p = 0 switch truncation off."""
 
     temperature: float = 1.0
@@ -257,7 +257,7 @@ class Rollout:
     is always the same work on the same tensors, which a CUDA graph repeats.
     """
 
-    def __init__(self, model: Llama, prompts, keys: Tensor, limits, policy: Policy, stop: Stop, slots: int, blocks):
+    def __init__(self, model: Llama, prompts, keys: Tensor, limits, policy: SamplingParams, stop: Stop, slots: int, blocks):
         """keys: the random streams (requests, n); limits: tokens of each sample, alike; blocks: (block_len, number)."""
         self.model, self.prompts, self.limits, self.policy, self.stop = model, prompts, limits, policy, stop
         self.device = model.embed.weight.device
@@ -555,7 +555,7 @@ class Sampler:
         temperature 1. Sample j of prompt i draws from (seed, request_ids[i], j, position); a request's id is its place in
         the list unless given.
         """
-        policy = Policy(temperature, top_p, top_k, min_p)
+        policy = SamplingParams(temperature, top_p, top_k, min_p)
         with cast_weights(self.model), unordered_writes():
             rollout = self._rollout(prompts, n, max_new_tokens, policy, seed, stop, request_ids)
             while rollout.step():
@@ -566,7 +566,7 @@ class Sampler:
         """The text of generate([prompt], ...)[0][0] as it is sampled, in pieces of whole characters."""
         decoder, sent = codecs.getincrementaldecoder("utf-8")("replace"), 0
         with cast_weights(self.model), unordered_writes():
-            rollout = self._rollout([prompt], 1, max_new_tokens, Policy(**policy), seed, stop)
+            rollout = self._rollout([prompt], 1, max_new_tokens, SamplingParams(**policy), seed, stop)
             while rollout.step():
                 data = rollout.stop.settled(rollout.tokens[0, : rollout.count[0]].tolist())
                 if piece := decoder.decode(data[sent:]):
@@ -711,30 +711,14 @@ def unsharded(model: Llama):
 # Checkpoints, and the command line
 
 
-def find_checkpoint(path: str) -> str:
-    """The checkpoint folder that `path` means: itself, or the newest of a stage's folder (or of its checkpoints/)."""
-    if not os.path.isdir(path):
-        raise FileNotFoundError(f"{path} is not a folder; give a stage's, such as runs/tiny/long, or a checkpoint's")
-    for folder in (path, os.path.join(path, "checkpoints")):
-        if os.path.isfile(latest := os.path.join(folder, "latest")):
-            with open(latest) as f:
-                found = os.path.join(folder, f.read().strip())
-            if not os.path.isfile(os.path.join(found, "config.json")):
-                raise FileNotFoundError(f"{latest} names {found}, which is no checkpoint; give another of {folder}")
-            return found
-    if not any(name.endswith(".safetensors") for name in os.listdir(path)):
-        raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/latest nor *.safetensors")
-    return path
-
-
-def load(path: str, device: str = "cpu"):
+def load_model(path: str, device: str = "cpu"):
     """(model, tokenizer) of a stage's or a checkpoint's folder, ours or Hugging Face's, computing in the dtype stored."""
     from data import tokenizer
 
-    folder = find_checkpoint(path)
+    folder = files.find_checkpoint(path)
     words = tokenizer.load(folder)
     meta = os.path.join(folder, "meta.json")  # of our checkpoints: says which tokenizer they were trained with
-    if os.path.exists(meta) and read_json(meta).get("tokenizer", words.hash) != words.hash:
+    if os.path.exists(meta) and files.read_json(meta).get("tokenizer", words.hash) != words.hash:
         raise ValueError(f"{folder}: its tokenizer.model is not the one that this model was trained with")
     model = Llama.from_pretrained(folder).to(device).eval()
     model.compute_dtype = model.embed.weight.dtype
@@ -744,7 +728,7 @@ def load(path: str, device: str = "cpu"):
 def parse_args():
     from data import prompts
 
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = files.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("prompt", nargs="?", help="text to go on from; without it, a conversation")
     parser.add_argument("--ckpt", required=True, help="a stage's folder (its newest checkpoint) or a checkpoint's")
     parser.add_argument("--template", choices=["none", *prompts.TEMPLATES], help="what to put around the prompt")
@@ -784,7 +768,7 @@ def answer(sampler: Sampler, text: str, args, seed: int) -> None:
 
 def main() -> None:
     args = parse_args()
-    sampler = Sampler(*load(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu"))
+    sampler = Sampler(*load_model(args.ckpt, "cuda" if torch.cuda.is_available() else "cpu"))
     if args.prompt is not None:
         return answer(sampler, args.prompt, args, args.seed)
     print(f"template {args.template}; a question a line, an empty line or Ctrl-D ends", file=sys.stderr)
@@ -799,4 +783,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    files.run_cli(main)

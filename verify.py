@@ -49,6 +49,8 @@ from collections.abc import Iterable
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, Underflow, localcontext
 from fractions import Fraction
 
+from data import files
+
 MAX_CHARS = 2_000  # of an answer; longer ones are only equal to themselves
 MAX_TOKENS = 800
 MAX_DEPTH = 30  # of nested groups
@@ -1345,20 +1347,20 @@ def run_benches(args) -> None:
     import torch  # after the files were found: it takes a second
 
     import midtrain
-    from sample import Sampler, find_checkpoint, load
+    from sample import Sampler, load_model
 
     world = midtrain.setup()
-    folder, out = find_checkpoint(args.ckpt), args.out or os.path.join(args.ckpt, "bench")
-    sampler, table = Sampler(*load(args.ckpt, str(world.device))), []
+    folder, out = files.find_checkpoint(args.ckpt), args.out or os.path.join(args.ckpt, "bench")
+    sampler, table = Sampler(*load_model(args.ckpt, str(world.device))), []
     for name, problems in suites.items():
         for warning in benchmarks.seen_in_training(os.path.dirname(os.path.dirname(folder)), name, problems):
-            midtrain.say(f"warning: {warning}")
+            files.print0(f"warning: {warning}")
         settings = {
             "checkpoint": os.path.realpath(folder), "weights": os.path.getmtime(os.path.join(folder, "config.json")),
             "items": len(problems), "limit": args.limit, "template": args.template, "shots": args.shots, "n": args.n,
             "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
         }  # fmt: skip
-        done = midtrain.on_first_rank(lambda: open_results(out, name, settings, args.n))  # noqa: B023
+        done = midtrain.on_rank0(lambda: open_results(out, name, settings, args.n))  # noqa: B023
         mine = [i for i in range(len(problems)) if i not in done][world.rank :: world.size]
         step, path = 4 * sampler.slots, os.path.join(out, f"{name}.{world.rank}.part")
         with open(path, "a", encoding="utf-8") as file:
@@ -1371,9 +1373,9 @@ def run_benches(args) -> None:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 file.flush()
         midtrain.all_sum(torch.zeros(1, device=world.device), world)  # everybody is done
-        table.append((name, midtrain.on_first_rank(lambda: finish_results(out, name, args.n))))  # noqa: B023
-    midtrain.say(as_table(table, args.n))
-    midtrain.say(f"responses: {os.path.join(out, '*.jsonl')}")
+        table.append((name, midtrain.on_rank0(lambda: finish_results(out, name, args.n))))  # noqa: B023
+    files.print0(as_table(table, args.n))
+    files.print0(f"responses: {os.path.join(out, '*.jsonl')}")
 
 
 def open_results(out: str, name: str, settings: dict, n: int) -> set[int]:
@@ -1408,7 +1410,7 @@ def finish_results(out: str, name: str, n: int) -> dict:
                         row = json.loads(line)
                         items.setdefault(row["item"], []).append(row)
     rows = [row for item in sorted(items) if len(items[item]) >= n for row in items[item][:n]]
-    write_rows(path, rows)
+    files.write_jsonl(path, rows)
     for part in parts:
         os.remove(part)
     return metrics(rows, n)
@@ -1468,18 +1470,6 @@ def read_rows(path: str, names: tuple[tuple[str, str], ...]):
             yield {**row, pair[1]: str(row[pair[1]])}
 
 
-def write_rows(path: str, rows: list[dict]) -> None:
-    """Written aside and renamed: a full disk or Ctrl-C leaves the old file as it was."""
-    aside = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
-
-
 def grade(args) -> None:
     from tqdm import tqdm
 
@@ -1495,7 +1485,7 @@ def grade(args) -> None:
             out[-1]["gold"] = row[gold]  # "answer" is now what was extracted
     seconds = time.perf_counter() - start
     if args.out:
-        write_rows(args.out, out)
+        files.write_jsonl(args.out, out)
     right, none = sum(row["correct"] for row in out), sum(row["answer"] is None for row in out)
     low, high = wilson(right, len(out))
     print(f"{args.grade}: {right} of {len(out)} right, {right / len(out):.2%} (95% interval {low:.2%}–{high:.2%}), "
@@ -1512,10 +1502,9 @@ def shots(text: str) -> int | None:
 
 
 def main() -> None:
-    from data import Parser as Arguments
     from data import benchmarks, prompts
 
-    parser = Arguments(description=__doc__[: __doc__.index("\n\nReward")])
+    parser = files.ArgumentParser(description=__doc__[: __doc__.index("\n\nReward")])
     parser.add_argument("--grade", metavar="FILE", help=(
         'grade a file of JSON lines: rows {"response", "gold"}, or the public data format {"problem", "answer", '
         '"solution"}, whose solution is graded against its answer (GSM8K: "#### 72", MATH: a box)'))  # fmt: skip
@@ -1547,13 +1536,11 @@ def main() -> None:
         parser.error("--n greater than 1 needs --temperature above 0: greedy answers are all the same")
     if args.grade:
         return grade(args)
-    from midtrain import one_voice
+    from midtrain import clean_exit
 
-    with one_voice():
+    with clean_exit():
         run_benches(args)
 
 
 if __name__ == "__main__":
-    from data import run_cli
-
-    run_cli(main)
+    files.run_cli(main)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import prompts, recipes
+from data.files import read_jsonl
 
 
 class Hub(NamedTuple):
     """Where a benchmark lies on the hub, and how a row of it becomes (problem, answer)."""
 
-    corpus: recipes.Corpus
+    corpus: recipes.SourceSpec
     row: Callable[[dict], tuple[str, str]]
 
 
@@ -28,7 +29,7 @@ class Benchmark(NamedTuple):
 
 
 def _hub(name: str, row: Callable[[dict], tuple[str, str]], part: str = "", split: str = "test") -> Hub:
-    return Hub(recipes.Corpus("qa", hub=name, part=part, split=split), row)
+    return Hub(recipes.SourceSpec("qa", hub=name, part=part, split=split), row)
 
 
 def last_box(solution: str) -> str:
@@ -87,19 +88,16 @@ def read(name: str, folder: str | None, limit: int | None, seed: int = 0) -> lis
     bench = BENCHMARKS[name]
     if folder is None and bench.hub is None:
         raise ValueError(f"where {name} lies on the hub is not known here: --data DIR reads DIR/{bench.file}")
-    found = _from_file(Path(folder) / bench.file) if folder is not None else _from_hub(name, bench.hub)
+    found = read_problems(Path(folder) / bench.file) if folder is not None else _from_hub(name, bench.hub)
     rows = [row for _, row in zip(range(limit or 1 << 60), found)]
     if not rows:
         raise ValueError(f"{bench.file} has no rows")
     return rows
 
 
-def _from_file(path: Path) -> Iterator[dict]:
-    from data.prepare import read_rows
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: see the README for where the public files come from")
-    for number, row in enumerate(read_rows(path), 1):
+def read_problems(path: Path) -> Iterator[dict]:
+    """Rows of a file of JSON lines, "problem" and "answer" as text."""
+    for number, row in enumerate(read_jsonl(path), 1):
         if not isinstance(row.get("problem"), str) or type(row.get("answer")) not in (str, int, float):
             raise ValueError(f'{path}:{number}: a row needs "problem" and "answer", as text')
         yield row | {"answer": str(row["answer"])}
@@ -145,17 +143,16 @@ def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
 
     folder: of the stage. An RL run's prompts are compared with the problems, text by text.
     """
-    from data.prepare import read_rows
-    from data.shards import read_json
+    from data.files import read_json
 
     said, stage = [], Path(folder)
-    config = read_json(stage / "config.json") or {}
+    config = read_json(stage / "config.json", missing_ok=True) or {}
     if isinstance(path := config.get("prompts"), str) and Path(path).is_file():
-        trained = {_plain(str(row.get("problem", ""))) for row in read_rows(Path(path))}
+        trained = {_plain(str(row.get("problem", ""))) for row in read_jsonl(Path(path))}
         if same := sum(_plain(row["problem"]) in trained for row in rows):
             better = "; report math500 instead" if name == "math" else ""
             said.append(f"{same} of the {len(rows)} problems of {name} are among the prompts of its RL, {path}{better}")
-    index = read_json(stage.parent / "data/index.json") or {}
+    index = read_json(stage.parent / "data/index.json", missing_ok=True) or {}
     if kept := (index.get("settings") or {}).get("keep_overlaps"):
         said.append(
             f"its data kept answers to problems of benchmarks ({', '.join(kept)}, by --keep-overlaps): {name} may suffer"

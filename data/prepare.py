@@ -18,7 +18,6 @@ kill the command at any moment, and the same command goes on and writes the same
 import argparse
 import contextlib
 import glob
-import gzip
 import hashlib
 import itertools
 import json
@@ -30,7 +29,6 @@ import shutil
 import signal
 import threading
 import zipfile
-import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -43,13 +41,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: there nobody keeps a second command out of a folder
-    fcntl = None
-
-from data import Parser, recipes, run_cli, tokenizer
-from data.shards import read_index, read_json, tok_dtype, write_shard
+from data import files, recipes, tokenizer
+from data.files import read_json, read_jsonl
+from data.shards import read_index, tok_dtype, write_shard
 from data.tokenizer import Tokenizer
 
 VAL_EVERY = 64  # of a real source, every 64th document is held out
@@ -322,15 +316,15 @@ def prepare(
     out = Path(out)
     settings = json.loads(json.dumps(settings | {"seq_len": seq_len}))  # as they will be read back
     if (index := read_index(out)) is not None:
-        _same_settings(out, index["settings"], settings)
+        files.check_same_settings(out, index["settings"], settings)
         _tidy(out)
         return index
     if not (out / "unfinished.json").exists():
         _check_sources(sources)
-    with _alone(out):
-        index = read_json(out / "unfinished.json")
+    with files.run_lock(out):
+        index = read_json(out / "unfinished.json", missing_ok=True)
         if index is not None:
-            _same_settings(out, index["settings"], settings)
+            files.check_same_settings(out, index["settings"], settings)
             tok = tokenizer.load(out)
             if tok.hash != index["tokenizer"]:
                 raise ValueError(
@@ -343,15 +337,15 @@ def prepare(
                 os.unlink(found)
             tok.save(out / tokenizer.FILE_NAME)
             index = {"settings": settings, "tokenizer": tok.hash, "vocab_size": tok.vocab_size, "sources": {}}
-            _write_json(out / "unfinished.json", index)
+            files.write_json(out / "unfinished.json", index)
         with _workers(workers, out, problems) as pool:
             grams = Grams(problems)
             for name in [name for name in sources if name not in index["sources"]]:
                 guards = grams if sources[name].guarded else Grams()
                 entry = _prepare_source(name, sources[name], out, tok, guards, pool, workers, seq_len)
                 index["sources"][name] = entry
-                _write_json(out / "unfinished.json", index)
-        _write_json(out / "index.json", index)
+                files.write_json(out / "unfinished.json", index)
+        files.write_json(out / "index.json", index)
         _tidy(out)
     return index
 
@@ -373,21 +367,6 @@ def _check_sources(sources: dict[str, Source]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(out: Path):
-    """Two commands in one folder would write the same files: the second is told so. A kill, however sudden, lets go."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is preparing data in {out}: wait for its end") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-
-
-@contextlib.contextmanager
 def _workers(workers: int, out: Path, problems):
     """A pool of processes, or None for work that is done here."""
     if workers == 1:
@@ -397,18 +376,6 @@ def _workers(workers: int, out: Path, problems):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _start_worker, (str(out), list(problems))) as pool:
         yield pool
-
-
-def _write_json(path: Path, content: dict) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(aside, path)
-
-
-def _same_settings(out: Path, old: dict, new: dict) -> None:
-    changed = [f"{k} {old.get(k)} → {new.get(k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
-    if changed:
-        raise ValueError(f"{out} was prepared with other settings ({'; '.join(changed)}): use another folder")
 
 
 def train_tokenizer(sources: dict[str, Source], vocab_size: int, characters: int = 2_000_000) -> Tokenizer:
@@ -446,22 +413,6 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
 # Rows of files and of the hub
 
 
-def read_rows(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
-    """The rows of a .jsonl or .jsonl.gz file; a damaged one is a ValueError that names the line. count(bytes of a line).
-
-    Not by `datasets`, which guesses the columns' types from the first rows and fails at the first row that differs.
-    """
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            for number, line in enumerate(f, 1):  # noqa: B007 (the error names it)
-                row = dict(json.loads(line.decode()))
-                count(len(line))
-                yield row
-    except (ValueError, TypeError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile):
-        raise ValueError(f"{path}, line {number}: not one JSON object a line in UTF-8, or truncated") from None
-
-
 def stream(what: str, skip: int, **where) -> Iterator[dict]:
     """The rows of a data set, from row `skip` on, by `datasets` and without downloading it whole."""
     import datasets
@@ -474,7 +425,7 @@ def stream(what: str, skip: int, **where) -> Iterator[dict]:
         raise ValueError(f"{what} cannot be read: {reason}") from None
 
 
-def corpus_rows(corpus: recipes.Corpus, folder: Path, skip: int, count) -> Iterator[tuple[str, dict]]:
+def corpus_rows(corpus: recipes.SourceSpec, folder: Path, skip: int, count) -> Iterator[tuple[str, dict]]:
     """(where, row) of a corpus from row `skip` on; files are read in turns, a row of each."""
     if corpus.hub:
         part = {"data_files": corpus.part} if "*" in corpus.part else {"name": corpus.part or None}
@@ -493,14 +444,14 @@ def _in_turns(files: list[Path], count) -> Iterator[tuple[str, dict]]:
     while waiting or open_now:
         while waiting and len(open_now) < 64:
             path = waiting.popleft()
-            open_now.append((str(path), read_rows(path, count)))
+            open_now.append((str(path), read_jsonl(path, count)))
         name, rows = open_now.popleft()
         if (row := next(rows, None)) is not None:
             open_now.append((name, rows))
             yield name, row
 
 
-def corpus_files(corpus: recipes.Corpus, folder: Path) -> list[Path]:
+def corpus_files(corpus: recipes.SourceSpec, folder: Path) -> list[Path]:
     """The files of a corpus; one that is not there is a FileNotFoundError, of a kind that nobody reads a ValueError."""
     found: list[Path] = []
     for name in corpus.files:
@@ -527,7 +478,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def documents(corpus: recipes.Corpus, folder: Path, keep_overlaps: bool, skip: int = 0, count=lambda size: None):
+def documents(corpus: recipes.SourceSpec, folder: Path, keep_overlaps: bool, skip: int = 0, count=lambda size: None):
     """What Source.read() gives. A row whose "overlaps" names a benchmark's problem would teach the test: it is marked."""
     make = recipes.FORMATS[corpus.format]
     for number, (where, row) in enumerate(corpus_rows(corpus, folder, skip, count), skip + 1):
@@ -544,7 +495,7 @@ def documents(corpus: recipes.Corpus, folder: Path, keep_overlaps: bool, skip: i
         yield text or ""
 
 
-def real_source(corpus: recipes.Corpus, folder: Path, max_tokens: int | None, keep_overlaps: bool) -> Source:
+def real_source(corpus: recipes.SourceSpec, folder: Path, max_tokens: int | None, keep_overlaps: bool) -> Source:
     def read(skip: int, count) -> Iterator[str | None]:
         return documents(corpus, folder, keep_overlaps, skip, count)
 
@@ -566,7 +517,7 @@ def _size(path: Path) -> int:
 # Command line
 
 
-def own_source(text: str) -> tuple[str, recipes.Corpus]:
+def own_source(text: str) -> tuple[str, recipes.SourceSpec]:
     """ "notes=text:notes.jsonl" or "qa=qa:hub:owner/name[:configuration or files[:split]]" → (name, corpus)"""
     name, _, rest = text.partition("=")
     kind, _, where = rest.partition(":")
@@ -574,14 +525,14 @@ def own_source(text: str) -> tuple[str, recipes.Corpus]:
         how = f"NAME=FORMAT:FILE or NAME=FORMAT:hub:ID[:PART[:SPLIT]], FORMAT one of {', '.join(recipes.FORMATS)}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {how}")
     if not where.startswith("hub:"):
-        return name, recipes.Corpus(kind, files=(where,))
+        return name, recipes.SourceSpec(kind, files=(where,))
     return name, hub_corpus(kind, where[4:])
 
 
-def hub_corpus(kind: str, where: str) -> recipes.Corpus:
+def hub_corpus(kind: str, where: str) -> recipes.SourceSpec:
     """A data set of the hub, ID[:PART[:SPLIT]], PART being its configuration or files."""
     hub, part, split = (where.split(":") + ["", ""])[:3]
-    return recipes.Corpus(kind, hub=hub, part=part, split=split or "train")
+    return recipes.SourceSpec(kind, hub=hub, part=part, split=split or "train")
 
 
 def token_budgets(text: str) -> dict[str, int]:
@@ -610,7 +561,7 @@ def benchmark_problems(against: str | None, folder: Path | None) -> dict[str, li
             raise FileNotFoundError(f"no file {path} to keep out of the training text")
         try:
             found[str(path)] = [
-                str(recipes.column(row, "problem", "question", "prompt", "text")) for row in read_rows(path)
+                str(recipes.column(row, "problem", "question", "prompt", "text")) for row in read_jsonl(path)
             ]
         except KeyError as error:
             raise ValueError(f"{path}: {error.args[0]}") from None
@@ -618,7 +569,7 @@ def benchmark_problems(against: str | None, folder: Path | None) -> dict[str, li
 
 
 def parse_arguments():
-    parser = Parser(prog="python -m data.prepare", description=__doc__)
+    parser = files.ArgumentParser(prog="python -m data.prepare", description=__doc__)
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the public files, or of your own")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument("--world", choices=recipes.CORPORA, default="real", help="whose sources (default real)")
@@ -706,4 +657,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    files.run_cli(main)

@@ -21,7 +21,7 @@ STAGE_NAMES = ("base", "stable", "long", "short", "hybrid")  # the base stage st
 # The paper's (base = a released Llama, so there is no mixture for it)
 
 
-class Corpus(NamedTuple):
+class SourceSpec(NamedTuple):
     """Where the documents of a source come from, and what they look like."""
 
     format: str  # a key of FORMATS
@@ -32,22 +32,22 @@ class Corpus(NamedTuple):
 
 
 PAPER_CORPORA = {
-    "web_pro_max": Corpus("text", hub="OctoThinker/MegaMath-Web-Pro-Max"),
-    "web_pro": Corpus("text", hub="LLM360/MegaMath", part="megamath-web-pro/**/*.parquet"),
-    "dclm": Corpus("text", hub="mlfoundations/dclm-baseline-1.0"),
-    "text_code": Corpus("text", hub="LLM360/MegaMath", part="megamath-text-code-block/**/*.parquet"),
-    "code": Corpus("text", hub="LLM360/MegaMath", part="megamath-code/**/*.parquet"),
-    "translated_code": Corpus("text", hub="LLM360/MegaMath", part="megamath-translated-code/**/*.parquet"),
-    "megamath_qa": Corpus("qa", hub="LLM360/MegaMath", part="megamath-qa/**/*.parquet"),
-    "open_r1": Corpus("long_cot", hub="open-r1/OpenR1-Math-220k", part="default"),
-    "am_distilled": Corpus("long_cot", hub="a-m-team/AM-DeepSeek-R1-Distilled-1.4M", part="am_*.jsonl.zst"),
-    "open_math_instruct": Corpus("qa", hub="nvidia/OpenMathInstruct-2"),
-    "numina": Corpus("qa", hub="AI-MO/NuminaMath-1.5"),
+    "web_pro_max": SourceSpec("text", hub="OctoThinker/MegaMath-Web-Pro-Max"),
+    "web_pro": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-web-pro/**/*.parquet"),
+    "dclm": SourceSpec("text", hub="mlfoundations/dclm-baseline-1.0"),
+    "text_code": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-text-code-block/**/*.parquet"),
+    "code": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-code/**/*.parquet"),
+    "translated_code": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-translated-code/**/*.parquet"),
+    "megamath_qa": SourceSpec("qa", hub="LLM360/MegaMath", part="megamath-qa/**/*.parquet"),
+    "open_r1": SourceSpec("long_cot", hub="open-r1/OpenR1-Math-220k", part="default"),
+    "am_distilled": SourceSpec("long_cot", hub="a-m-team/AM-DeepSeek-R1-Distilled-1.4M", part="am_*.jsonl.zst"),
+    "open_math_instruct": SourceSpec("qa", hub="nvidia/OpenMathInstruct-2"),
+    "numina": SourceSpec("qa", hub="AI-MO/NuminaMath-1.5"),
     # The paper gives instruction data one weight for three sets; how it is split among them is not published.
-    "tulu": Corpus("chat", hub="allenai/tulu-3-sft-personas-instruction-following"),
-    "wildchat": Corpus("chat", hub="allenai/WildChat"),
-    "ultrachat": Corpus("chat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft"),
-    "finemath_4plus": Corpus("text", hub="HuggingFaceTB/finemath", part="finemath-4plus"),  # finding F1 only
+    "tulu": SourceSpec("chat", hub="allenai/tulu-3-sft-personas-instruction-following"),
+    "wildchat": SourceSpec("chat", hub="allenai/WildChat"),
+    "ultrachat": SourceSpec("chat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft"),
+    "finemath_4plus": SourceSpec("text", hub="HuggingFaceTB/finemath", part="finemath-4plus"),  # finding F1 only
 }
 
 _DECAY = {"web_pro": 0.55, "dclm": 0.05, "tulu": 0.034, "wildchat": 0.033, "ultrachat": 0.033}
@@ -85,14 +85,14 @@ REAL = {
 
 
 REAL_CORPORA = {
-    "math_text": Corpus("text", (
+    "math_text": SourceSpec("text", (
         "math_text/openstax.jsonl.gz", "math_text/books.jsonl.gz", "math_text/planetmath.jsonl.gz",
         "math_text/stackmathqa_part.jsonl", "math_text/openstax_exercises.jsonl",
     )),
-    "general_text": Corpus("text", ("general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz")),
-    "short_cot": Corpus("qa", ("gsm8k/train.jsonl", "math/train.jsonl")),
-    "long_cot": Corpus("long_cot", ("cot/long_cot_mip.jsonl.gz",)),
-    "instruct": Corpus("chat", (
+    "general_text": SourceSpec("text", ("general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz")),
+    "short_cot": SourceSpec("qa", ("gsm8k/train.jsonl", "math/train.jsonl")),
+    "long_cot": SourceSpec("long_cot", ("cot/long_cot_mip.jsonl.gz",)),
+    "instruct": SourceSpec("chat", (
         "instruct/dolly.jsonl.gz", "instruct/self_instruct_seed.jsonl", "instruct/llms_from_scratch.jsonl",
     )),
 }  # fmt: skip
@@ -185,7 +185,7 @@ FORMATS: dict[str, Callable[[dict], str | None]] = {
 }  # fmt: skip
 
 
-def kind(corpus: Corpus) -> str:
+def kind(corpus: SourceSpec) -> str:
     """How a source of this format fills a sequence."""
     return "text" if corpus.format == "text" else "document"
 

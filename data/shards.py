@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import read_json
 from data.tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER_BYTES = "octothinker-shard", 1, 4096
@@ -162,22 +163,13 @@ def _row(parts: list[np.ndarray]) -> tuple[np.ndarray, list[int]]:
 # A folder of shards
 
 
-def read_json(path: Path) -> dict | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"{path} is damaged: delete it and prepare again") from None
-
-
 def read_index(folder: str | os.PathLike, check: bool = False) -> dict | None:
     """The index of a prepared folder, after opening every shard that it names; None if the folder has no index.
 
     check: also compare the shards' checksums, which reads them whole.
     """
     path = Path(folder) / "index.json"
-    if (index := read_json(path)) is None:
+    if (index := read_json(path, missing_ok=True)) is None:
         return None
     try:
         names, _, _ = list(index["sources"]), index["settings"]["world"], index["tokenizer"]  # what readers rely on

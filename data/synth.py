@@ -473,9 +473,9 @@ def problems(split: str, n: int, seed: int = 0) -> list[dict]:
 
 
 def main() -> None:
-    from data import Parser
+    from data.files import ArgumentParser
 
-    parser = Parser(prog="python -m data.synth", description="Print samples of the generated world.")
+    parser = ArgumentParser(prog="python -m data.synth", description="Print samples of the generated world.")
     parser.add_argument("--source", default="long_cot", help=f"one of {', '.join(SOURCES)}")
     parser.add_argument("--problems", metavar="SPLIT", help="print problems of train, val or test instead of documents")
     parser.add_argument("-n", type=int, default=3, help="how many (default 3)")
@@ -491,6 +491,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from data import run_cli
+    from data.files import run_cli
 
     run_cli(main)

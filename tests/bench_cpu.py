@@ -10,6 +10,7 @@ import platform
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import midtrain
 import verify
 from data import prepare, recipes, synth, tokenizer
 from data.loader import Loader
-from model import PRESETS, Llama, with_vocab
+from model import PRESETS, Llama
 from sample import Sampler
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -43,7 +44,7 @@ def best(arms: dict, rounds: int = 3) -> dict:
 
 
 def new_model(tok, dtype) -> Llama:
-    model = Llama(with_vocab(PRESETS["tiny"], tok.vocab_size)).init_weights(0)
+    model = Llama(replace(PRESETS["tiny"], vocab_size=tok.vocab_size)).init_weights(0)
     model.compute_dtype = dtype
     return model
 

@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import prepare, recipes, synth, tokenizer
 
 
-def generated(folder: Path) -> dict[str, recipes.Corpus]:
+def generated(folder: Path) -> dict[str, recipes.SourceSpec]:
     for name in ("web", "long_cot"):
         with open(folder / f"{name}.jsonl", "w") as f:
             for text in itertools.islice(synth.documents(name, 0, "train"), 60_000):
                 f.write(json.dumps({"text": text}) + "\n")
     with open(folder / "test.jsonl", "w") as f:
         f.writelines(json.dumps(problem) + "\n" for problem in synth.problems("test", 500))
-    return {name: recipes.Corpus("text", (f"{name}.jsonl",)) for name in ("web", "long_cot")}
+    return {name: recipes.SourceSpec("text", (f"{name}.jsonl",)) for name in ("web", "long_cot")}
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import midtrain
 import rl
 from model import PRESETS, Llama, LlamaConfig
-from sample import Policy, Sampler
+from sample import Sampler, SamplingParams
 
 CONFIG = LlamaConfig(4096, 8, 256, 8, 4, 32, 688, rope_theta=10_000.0, max_position=1024)
 PROMPT, EOS, P, G = 64, 0, 8, 16
@@ -219,7 +219,7 @@ def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
     y = x.clone()
     bandwidth = 2 * x.numel() / min(seconds(lambda: y.copy_(x)) for _ in range(10))
     ids = np.random.default_rng(0).integers(4, c.vocab_size, (slots, context)).tolist()
-    rollout = Sampler(model, None, slots)._rollout(ids, 1, 1024, Policy(), 0, ())
+    rollout = Sampler(model, None, slots)._rollout(ids, 1, 1024, SamplingParams(), 0, ())
     rollout.step()  # prompts, the first tokens, and the graph
     took = seconds(lambda: [rollout.step() for _ in range(looks)])
     tokens = looks * rollout.look_every

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import loader, prepare, prompts, recipes, shards, synth, tokenizer
+from data.files import read_jsonl, run_lock
 from data.loader import Loader
 
 ROOT = Path(__file__).parents[1]
@@ -419,7 +420,7 @@ def test_command_line(files):
     assert run(files, "--keep-overlaps", "--vocab-size", "400", "--max-tokens", "2000", "--check") == printed
     one = run(files, "--keep-overlaps", "long_cot", "--vocab-size", "400", "--max-tokens", "2000", out="one")
     assert one.splitlines()[:-1] == printed.splitlines()[:-1]
-    assert "max_tokens {" in run(files, "--keep-overlaps", "--vocab-size", "400", code=2)
+    assert "max_tokens." in run(files, "--keep-overlaps", "--vocab-size", "400", code=2)
 
 
 @pytest.mark.parametrize("args, message", [
@@ -449,11 +450,11 @@ def test_bad_files(tmp_path):
     for data, line in ((good + b"{", 2), (good * 2 + b"7\n", 3), (good + b"\xff\n", 2), (b"[1]\n", 1)):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=f"rows.jsonl, line {line}: not one JSON object"):
-            list(prepare.read_rows(path))
+            list(read_jsonl(path))
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(good * 9)[:-9])
     with pytest.raises(ValueError, match="or truncated"):
-        list(prepare.read_rows(path))
+        list(read_jsonl(path))
     (tmp_path / "number.jsonl").write_text('{"text": 7}\n')
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n{"body": "b", "title": "c"}\n')
     for file, message in (
@@ -461,9 +462,9 @@ def test_bad_files(tmp_path):
         ("other", "row 2 .*no column text or content; it has: b"),
     ):
         with pytest.raises(ValueError, match=f"{file}.jsonl: {message}"):
-            list(prepare.documents(recipes.Corpus("text", (f"{file}.jsonl",)), tmp_path, False))
+            list(prepare.documents(recipes.SourceSpec("text", (f"{file}.jsonl",)), tmp_path, False))
     with pytest.raises(FileNotFoundError, match="no file"):
-        list(prepare.documents(recipes.Corpus("text", ("none.jsonl",)), tmp_path, False))
+        list(prepare.documents(recipes.SourceSpec("text", ("none.jsonl",)), tmp_path, False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def many(tmp_path, monkeypatch):
 
 
 def prepared(folder, out, workers=1, max_tokens=None):
-    corpora = {name: recipes.Corpus("qa" if name == "b" else "text", (f"{name}.jsonl",)) for name in "ab"}
+    corpora = {name: recipes.SourceSpec("qa" if name == "b" else "text", (f"{name}.jsonl",)) for name in "ab"}
     sources = {name: prepare.real_source(corpus, folder, max_tokens, False) for name, corpus in corpora.items()}
     make = lambda: prepare.train_tokenizer(sources, 300)  # noqa: E731
     return prepare.prepare(folder / out, sources, make, T, {"world": "own"}, ["so it went " * 9], workers)
@@ -602,7 +603,7 @@ def test_changed_input_and_a_second_command_are_refused(tmp_path):
     run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300")
     write_rows(folder / "a.jsonl", [{"text": text} for text in reversed(texts)])
     assert "other settings (files" in run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300", code=2)
-    with prepare._alone(tmp_path / "busy"), pytest.raises(ValueError, match="another process is preparing data"):
+    with run_lock(tmp_path / "busy"), pytest.raises(ValueError, match="is working in .*busy: wait for its end"):
         prepare.prepare(tmp_path / "busy", {}, None, T, {"world": "own"})
 
 
@@ -694,4 +695,4 @@ def test_what_the_hub_does_not_have(hub, part, message, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no waiting for a network
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="nowhere/at-all, split train cannot be read: "):
-        list(prepare.documents(recipes.Corpus("text", hub="nowhere/at-all"), hub, False))
+        list(prepare.documents(recipes.SourceSpec("text", hub="nowhere/at-all"), hub, False))

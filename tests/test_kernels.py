@@ -578,7 +578,7 @@ def small_llama_on_ranks(dtype, world=None) -> Llama:
     import midtrain
 
     model = midtrain.add_options(small_llama(), compile=False, checkpointing=dtype == BF16)
-    return midtrain.shard(model, world or midtrain.World(), dtype)
+    return midtrain.apply_fsdp(model, world or midtrain.World(), dtype)
 
 
 def fsdp_rank(rank: int, path: str) -> None:

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import midtrain
-from data import prepare, run_cli
+from data import files, prepare
+from data.files import run_cli
 from model import Llama, LlamaConfig, hf_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -26,7 +27,8 @@ SOURCES = ("general", "web", "short_cot", "long_cot", "instruct")
 DRIVER = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import midtrain, test_midtrain
-from data import run_cli
+from data import files
+from data.files import run_cli
 test_midtrain.make_small()
 run_cli(midtrain.main)
 """
@@ -46,7 +48,7 @@ def small(monkeypatch):
     for table in ("PRESETS", "RUNS"):
         monkeypatch.setattr(midtrain, table, dict(getattr(midtrain, table)))
     make_small()
-    midtrain.say_once.cache_clear()
+    files.print0_once.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def rows(stage_dir: Path) -> list[dict]:
 
 def state(stage_dir: Path) -> dict:
     """Weights and optimizer state of the newest checkpoint, bit for bit."""
-    path = Path(midtrain.latest_checkpoint(str(stage_dir)))
+    path = Path(files.latest_checkpoint(str(stage_dir)))
     model = Llama.from_pretrained(str(path))
     optimizer = midtrain.make_optimizer(model, 1e-3)
     midtrain.load_checkpoint(str(path), model, optimizer)
@@ -188,7 +190,7 @@ def test_data_is_generated_when_none_is_given(tmp_path, monkeypatch):
 
 def test_init_takes_the_place_of_base(train, tmp_path):
     train(tmp_path / "a", "--branch", "base")
-    start = midtrain.latest_checkpoint(str(tmp_path / "a/base"))
+    start = files.latest_checkpoint(str(tmp_path / "a/base"))
     train(tmp_path / "b", "--branch", "stable", "--init", start)
     assert not (tmp_path / "b/base").exists()
     assert rows(tmp_path / "b/stable")[0]["loss"] < rows(tmp_path / "a/base")[0]["loss"]
@@ -236,7 +238,7 @@ def test_a_paper_preset_takes_the_shape_of_init(train, tmp_path, capsys):
     train(tmp_path, "--preset", "1b", "--branch", "stable", "--init", str(tmp_path / "qwen"))
     assert "num_layers 16 → 3" in capsys.readouterr().out
     train(tmp_path, "--preset", "1b", "--branch", "short")
-    model = Llama.from_pretrained(midtrain.latest_checkpoint(str(tmp_path / "short")))
+    model = Llama.from_pretrained(files.latest_checkpoint(str(tmp_path / "short")))
     assert (model.config.qkv_bias, model.config.vocab_size) == (True, 320)
     assert model.blocks[0].attn.q.bias.any() and not torch.equal(
         model.embed.weight[:9], Llama(qwen).init_weights(0).embed.weight[:9]
@@ -271,15 +273,15 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, name
         at_step(patch, 3, lambda: os.kill(os.getpid(), signum))
         train(tmp_path / "b", *command)
     assert stop.value.code == 128 + signum
-    assert midtrain.latest_checkpoint(str(tmp_path / "b/base")).endswith("step_000003")
+    assert files.latest_checkpoint(str(tmp_path / "b/base")).endswith("step_000003")
     train(tmp_path / "b", *command)
     train(tmp_path / "a", *command)
     assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
 
 
 def test_a_signal_in_the_last_evaluation_is_not_forgotten(train, tmp_path, monkeypatch):
-    real = midtrain.evaluate
-    monkeypatch.setattr(midtrain, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
+    real = midtrain.validate
+    monkeypatch.setattr(midtrain, "validate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, "--branch", "stable")
     assert stop.value.code == 130
@@ -434,7 +436,7 @@ def test_init_with_a_vocabulary_of_its_own(train, tmp_path):
     Llama(LlamaConfig(310, 2, 32, 4, 2, 8, 64)).init_weights(0).save_pretrained(str(tmp_path / "init"))
     train(tmp_path, "--branch", "stable", "--init", str(tmp_path / "init"))
     train(tmp_path, "--branch", "long")
-    assert Llama.from_pretrained(midtrain.latest_checkpoint(str(tmp_path / "long"))).config.vocab_size == 310
+    assert Llama.from_pretrained(files.latest_checkpoint(str(tmp_path / "long"))).config.vocab_size == 310
 
 
 @pytest.mark.parametrize("fails", ["state", "weights"])
@@ -489,8 +491,8 @@ midtrain.train_step = train_step
 def test_two_runs_do_not_share_a_folder(train, tmp_path, monkeypatch):
     monkeypatch.setattr(midtrain, "LOCK_WAIT", 0.5)
     with (
-        midtrain.alone(str(tmp_path / "base")),
-        pytest.raises(ValueError, match=f"process {os.getpid()} is training in"),
+        midtrain.run_lock(str(tmp_path / "base")),
+        pytest.raises(ValueError, match=f"process {os.getpid()} is working in"),
     ):
         train(tmp_path, "--branch", "base")
     train(tmp_path, "--branch", "base")
@@ -540,7 +542,7 @@ def test_noisy_text_is_generated_for_a_mixture_that_has_it(tmp_path, monkeypatch
 
 def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
     train(tmp_path, "--branch", "base")
-    path = midtrain.latest_checkpoint(str(tmp_path / "base"))
+    path = files.latest_checkpoint(str(tmp_path / "base"))
     model = Llama.from_pretrained(path)
     optimizer = midtrain.make_optimizer(model, 7e-4, weight_decay=0.0, betas=(0.8, 0.9))
     midtrain.load_checkpoint(path, model, optimizer)
@@ -579,7 +581,7 @@ real = torch.nn.utils.clip_grad_norm_
 def clip(parameters, *args):
     parameters = list(parameters)
     whole = [p.grad.full_tensor() if hasattr(p.grad, 'full_tensor') else p.grad for p in parameters]
-    if midtrain.is_first():
+    if files.is_rank0():
         torch.save(whole, f"{tmp_path}/{{midtrain.os.environ.get('WORLD_SIZE', '1')}}.pt")
     return real(parameters, *args)
 torch.nn.utils.clip_grad_norm_ = clip
@@ -662,7 +664,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     loader = type("Loader", (), {"validation": lambda self, *args: [("web", batch)]})()
     model = Llama(LlamaConfig(tok.vocab_size, 1, 16, 2, 1, 8, 16, tie_embeddings=False)).init_weights(0)
     torch.nn.init.zeros_(model.head.weight)
-    row = midtrain.evaluate(model, loader, {"web": 1.0}, 1, midtrain.World(), sizes)
+    row = midtrain.validate(model, loader, {"web": 1.0}, 1, midtrain.World(), sizes)
     counted = sum(len(tok.decode_bytes([t])) for t in targets[0].tolist() if t >= 0 and t != tok.eos_id)
     expected = math.log2(tok.vocab_size) * (len(ids) - 2) / counted
     assert row["bits_per_byte"] == pytest.approx(expected) and row["bits_per_byte/web"] == pytest.approx(expected)

@@ -414,7 +414,7 @@ def ranks_program(path):
     world = midtrain.setup(1)
     found = {}
     for case, (where, has) in CASES.items():
-        model = midtrain.shard(micro_model(), world, torch.float32)
+        model = midtrain.apply_fsdp(micro_model(), world, torch.float32)
         mine = [s for s in some_samples(signal=has) if where(s) == world.rank]
         found[case] = change(mine, settings(), world, model)[1]
     if world.rank == 0:
@@ -864,7 +864,7 @@ def test_other_settings_are_refused(checkpoint, tmp_path, monkeypatch):
 
 if __name__ == "__main__":  # what the tests above start as processes of their own
     if sys.argv[1] == "ranks":
-        with rl.midtrain.one_voice():  # leaves as the programs do, before gloo's threads can abort it
+        with rl.midtrain.clean_exit():  # leaves as the programs do, before gloo's threads can abort it
             ranks_program(sys.argv[2])
     else:
         rl.verify.reward, sys.argv = odd_reward, sys.argv[2:]

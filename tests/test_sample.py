@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import sys
 from dataclasses import replace
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import sample
-from data import run_cli, tokenizer
+from data import files, tokenizer
+from data.files import run_cli
 from model import Llama, LlamaConfig
-from sample import Completion, Policy, Sampler, Stop, inverse_cdf, stream_keys, truncate, uniforms, unsharded
+from sample import Completion, Sampler, SamplingParams, Stop, inverse_cdf, stream_keys, truncate, uniforms, unsharded
 
 torch.set_num_threads(1)  # on matrices this small a second thread is only waited for
 
@@ -145,7 +147,7 @@ def test_draws_follow_the_softmax(temperature):
     logits = 1.5 * torch.randn(1, 50, generator=torch.Generator().manual_seed(3)).clamp(-2, 2)
     keys = stream_keys(0, range(1000), 1).T  # (1, 1000)
     u = torch.cat([uniforms(keys, torch.full_like(keys, t)) for t in range(200)], 1)
-    tokens, logps = Policy(temperature).draw(logits, u)
+    tokens, logps = SamplingParams(temperature).draw(logits, u)
     probs = (logits[0] / temperature).softmax(-1)
     torch.testing.assert_close(logps[0].exp(), probs[tokens[0]])
     expected = probs * u.shape[1]
@@ -157,7 +159,7 @@ def test_temperature_to_zero_and_min_p_of_one_are_greedy():
     logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     u = torch.rand(20, 8, generator=torch.Generator().manual_seed(1))
     best = logits.argmax(-1, keepdim=True).expand(20, 8)
-    for policy in (Policy(0.0), Policy(1e-4), Policy(1e-30), Policy(min_p=1.0), Policy(top_k=1), Policy(top_p=0.0)):
+    for policy in (SamplingParams(0.0), SamplingParams(1e-4), SamplingParams(1e-30), SamplingParams(min_p=1.0), SamplingParams(top_k=1), SamplingParams(top_p=0.0)):
         assert torch.equal(policy.draw(logits, u)[0], best), policy
 
 
@@ -440,7 +442,7 @@ def test_any_pool_gives_the_same_tokens(seed, rollouts, monkeypatch):
 
 def test_rows_share_the_whole_blocks_of_their_prompt(rollouts):
     sampler = Sampler(random_llama(), None, slots=8, block_len=4)
-    rollout = sampler._rollout([[5] * 11], 8, 20, Policy(), 0, ())
+    rollout = sampler._rollout([[5] * 11], 8, 20, SamplingParams(), 0, ())
     rollout.step()
     first, *others = (row.blocks for row in rollout.rows)
     assert all(blocks[:2] == first[:2] and blocks[2] != first[2] for blocks in others)
@@ -589,6 +591,9 @@ def stage(words, tmp_path_factory):
         folder = stage / "checkpoints" / f"step_{step:06d}"
         random_llama(replace(CONFIG, vocab_size=280), seed=step).save_pretrained(folder)
         words.save(folder)
+        names = sorted(os.listdir(folder))
+        sums = {name: files.file_hash(folder / name) for name in names}
+        files.write_json(folder / "meta.json", {"files": {n: os.path.getsize(folder / n) for n in names}, "sha256": sums})
     (stage / "config.json").write_text("{}")
     (stage / "checkpoints" / "latest").write_text("step_000010\n")
     return stage
@@ -596,30 +601,46 @@ def stage(words, tmp_path_factory):
 
 def test_find_checkpoint(stage, tmp_path):
     newest = stage / "checkpoints" / "step_000010"
-    assert sample.find_checkpoint(str(stage)) == str(newest)
-    assert sample.find_checkpoint(str(stage / "checkpoints")) == str(newest)
+    assert files.find_checkpoint(str(stage)) == str(newest)
+    assert files.find_checkpoint(str(stage / "checkpoints")) == str(newest)
     older = str(stage / "checkpoints" / "step_000005")
-    assert sample.find_checkpoint(older) == older
-    model, words = sample.load(older)
+    assert files.find_checkpoint(older) == older
+    model, words = sample.load_model(older)
     assert words.vocab_size == model.config.vocab_size == 280 and not model.training
     for bad, message in ((tmp_path / "no", "not a folder"), (tmp_path, "no checkpoint in")):
         with pytest.raises(FileNotFoundError, match=message):
-            sample.find_checkpoint(str(bad))
-    (tmp_path / "latest").write_text("step_000099")
-    with pytest.raises(FileNotFoundError, match="names .*step_000099, which is no checkpoint"):
-        sample.find_checkpoint(str(tmp_path))
+            files.find_checkpoint(str(bad))
+
+
+def test_a_damaged_checkpoint_is_never_loaded(stage, tmp_path, capsys):
+    """The newest whole one is taken, by the rule of midtrain.py; one that is named itself is refused."""
+    shutil.copytree(stage, tmp_path / "long")
+    newest, older = (tmp_path / f"long/checkpoints/step_{step:06d}" for step in (10, 5))
+    for path, found in ((newest, older), (older, None)):
+        data = bytearray((path / "model.safetensors").read_bytes())
+        data[1000:2000] = bytes(1000)
+        (path / "model.safetensors").write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path.name} is damaged"):
+            sample.load_model(str(path))
+        files.print0_once.cache_clear()
+        if found:
+            assert files.find_checkpoint(str(tmp_path / "long")) == str(found)
+            assert f"{path} is damaged: taking the one before it" in capsys.readouterr().out
+            assert sample.load_model(str(tmp_path / "long"))
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint in .*long: all of them are damaged"):
+        sample.load_model(str(tmp_path / "long"))
 
 
 def test_load_refuses_another_tokenizer_of_the_same_size(words, tmp_path):
     random_llama(replace(CONFIG, vocab_size=280)).save_pretrained(tmp_path)
     words.save(tmp_path)
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": words.hash}))
-    assert sample.load(str(tmp_path))
+    assert sample.load_model(str(tmp_path))
     swapped = dict(words.ranks)
     swapped[b"a"], swapped[b"b"] = swapped[b"b"], swapped[b"a"]
     tokenizer.Tokenizer(dict(sorted(swapped.items(), key=lambda item: item[1]))).save(tmp_path)
     with pytest.raises(ValueError, match="not the one that this model was trained with"):
-        sample.load(str(tmp_path))
+        sample.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -633,10 +654,10 @@ def test_weights_that_are_not_numbers_are_noticed(temperature):
 def test_load_refuses_a_tokenizer_that_does_not_fit(stage, tmp_path):
     Llama(CONFIG).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
-        sample.load(str(tmp_path))
+        sample.load_model(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes((stage / "checkpoints/step_000005/tokenizer.model").read_bytes())
     with pytest.raises(ValueError, match="280 tokens, the model 61"):
-        Sampler(*sample.load(str(tmp_path)))
+        Sampler(*sample.load_model(str(tmp_path)))
 
 
 def command(monkeypatch, *args: str) -> int:
@@ -649,7 +670,7 @@ def command(monkeypatch, *args: str) -> int:
 def test_command_line(stage, words, monkeypatch, capsys):
     options = ("--max-new-tokens", 12, "--seed", 3)
     assert command(monkeypatch, "--ckpt", stage, "the cat", *options) == 0
-    completion = Sampler(*sample.load(str(stage))).generate([words.encode("the cat")], max_new_tokens=12, seed=3)[0][0]
+    completion = Sampler(*sample.load_model(str(stage))).generate([words.encode("the cat")], max_new_tokens=12, seed=3)[0][0]
     assert capsys.readouterr().out == completion.text + "\n"
     assert (
         command(monkeypatch, "--ckpt", stage, "the cat", "--n", 3, "--template", "simple", "--top-k", 5, *options) == 0
@@ -728,7 +749,7 @@ def leave_as_programs_do(rank: int, work, folder: str) -> None:
     """work(rank, folder), then out before gloo's threads can abort the process while the interpreter goes down."""
     import midtrain
 
-    with midtrain.one_voice():
+    with midtrain.clean_exit():
         work(rank, folder)
 
 

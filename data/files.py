@@ -1,0 +1,279 @@
+"""Files and command lines, once for everybody.
+
+Atomic writes, JSON, whole checkpoints, the lock on a folder, the comparison of settings, and the manners of
+all programs: bad input is one line that says what to do (exit code 2, no traceback), Ctrl-C is exit code 130.
+Nothing heavy is imported.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import gzip
+import hashlib
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two programs out of one folder there
+    fcntl = None
+
+Path = str | os.PathLike
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w"):
+    """An open file that becomes `path` at the end: readers find the old content or the new, never a part."""
+    aside = f"{path}.tmp"
+    try:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(aside)  # what a failure leaves, a full disk first of all
+
+
+def write_text(path: Path, text: str) -> None:
+    """The text and a final line break; an empty text is an empty file."""
+    with atomic_write(path) as file:
+        file.write(text + "\n" * (text != ""))
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_json(path: Path, missing_ok: bool = False) -> dict | None:
+    """The object in a JSON file; None for no file if missing_ok. Other errors name the file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except FileNotFoundError:
+        if missing_ok:
+            return None
+        raise FileNotFoundError(f"{path} not found") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: no JSON object")
+    return value
+
+
+def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
+    """The rows of a .jsonl or .jsonl.gz file, one JSON object per line. count: told the bytes of each row.
+
+    Empty lines are skipped. A damaged line is a ValueError that names it; no such file a FileNotFoundError.
+    """
+    number = 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):  # noqa: B007 (the error names it)
+                if line.strip():
+                    row = dict(json.loads(line.decode()))
+                    count(len(line))
+                    yield row
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; JSON lines are wanted") from None
+    except (ValueError, TypeError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile):
+        why = "not one JSON object per line in UTF-8, or truncated"
+        raise ValueError(f"{path}, line {number}: {why}") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: RUN/checkpoints/step_000123, whose meta.json has size and SHA-256 of every other file
+
+
+def file_hash(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_hashes(paths: Sequence[str]) -> list[str]:
+    """Several at once: hashing leaves Python's lock, and a checkpoint has a file for each rank."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(file_hash, paths))
+
+
+def checkpoints(run_dir: str) -> list[str]:
+    """The checkpoints of a run, whole or not, newest first."""
+    folder = os.path.join(run_dir, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = [int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit()]
+    return [os.path.join(folder, f"step_{step:06d}") for step in sorted(steps, reverse=True)]
+
+
+def latest_checkpoint(run_dir: str) -> str | None:
+    """The newest whole checkpoint of a run, None if there is none. Every program takes this one."""
+    for path in checkpoints(run_dir):
+        if is_whole(path):
+            return path
+        print0_once(f"{path} is damaged: taking the one before it")
+    return None
+
+
+def is_whole(path: str) -> bool:
+    """Do all files of a checkpoint have the sizes and the checksums that they were written with?"""
+    try:
+        meta = read_json(os.path.join(path, "meta.json"))
+        files = tuple(os.path.join(path, name) for name in meta["files"])
+        modified = tuple(os.stat(file).st_mtime_ns for file in files)
+        return _matches(files, tuple(meta["files"].values()), tuple(meta["sha256"].values()), modified)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+@functools.cache  # a program asks several times, and a large checkpoint takes seconds to read
+def _matches(files: tuple[str, ...], sizes: tuple, sums: tuple, _modified: tuple) -> bool:
+    return tuple(map(os.path.getsize, files)) == sizes and tuple(file_hashes(files)) == sums
+
+
+def find_checkpoint(path: str) -> str:
+    """What --ckpt means: a checkpoint's folder, ours or Hugging Face's, or a run's, for its newest whole one.
+
+    FileNotFoundError if there is none; ValueError if the one that is named is damaged.
+    """
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{path} is not a folder: give a run's, as runs/tiny/long, or a checkpoint's")
+    parent, name = os.path.split(os.path.abspath(path))
+    run_dir = parent if name == "checkpoints" else path
+    if checkpoints(run_dir):
+        if found := latest_checkpoint(run_dir):
+            return found
+        raise FileNotFoundError(f"no whole checkpoint in {path}: all of them are damaged")
+    if not any(name.endswith(".safetensors") for name in os.listdir(path)):
+        raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/ nor *.safetensors")
+    if "files" in (read_json(os.path.join(path, "meta.json"), missing_ok=True) or {}) and not is_whole(path):
+        raise ValueError(f"{path} is damaged: give another one, or its run's folder for the newest whole one")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Folders: one program at a time, and always with the same settings
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, wait: float = 0.0):
+    """Nobody else works in this folder meanwhile. A killed process lets go of it, however sudden its end.
+
+    Waits `wait` seconds for the one that works there, then raises ValueError.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "a+") as file:
+        end = time.monotonic() + wait
+        while fcntl and (owner := _owner_if_busy(file)):
+            if time.monotonic() > end:
+                how = "wait for its end, or use another --out"
+                raise ValueError(f"process {owner} is working in {folder}: {how}")
+            print0_once(f"waiting for process {owner}, which works in {folder}")
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)  # a finished folder tells nothing of the process that made it
+
+
+def _owner_if_busy(file) -> str:
+    """Try to lock → the process that has the lock; "" if that is ours now, or if there are no locks here."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip() or "unknown"
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print0_once(f"no locks on the file system of {file.name}: keep a second run out of it yourself")
+    return ""
+
+
+def differences(old: dict, new: dict) -> str:
+    """What differs between nested dicts: "lr 0.1 → 0.2; model.num_layers 4 → 2"; "" if nothing does."""
+    changed = []
+    for key in old | new:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed += [f"{key}.{part}" for part in differences(a, b).split("; ") if part]
+        elif a != b:
+            changed.append(f"{key} {a} → {b}")
+    return "; ".join(changed)
+
+
+def check_same_settings(made: Path, old: dict, new: dict) -> None:
+    """ValueError that names what differs, if `made` was made with other settings. old: as read from JSON."""
+    if changed := differences(old, json.loads(json.dumps(new))):
+        raise ValueError(f"{made} was made with other settings ({changed}): use another --out")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Programs
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line; an unknown flag gets the valid ones named. Only rank 0 speaks."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            flags = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
+            message += f" (valid flags: {' '.join(flags)})"
+        self.exit(2, f"{self.prog}: error: {message}\n" if is_rank0() else None)
+
+
+def is_rank0() -> bool:
+    """Of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print0(text: str) -> None:
+    """Print on rank 0."""
+    if is_rank0():
+        print(text, flush=True)
+
+
+print0_once = functools.cache(print0)
+
+
+def run_cli(main: Callable[[], None]) -> NoReturn:
+    """Run a program's main(). Bad input becomes one line and exit code 2, Ctrl-C exit code 130.
+
+    ValueError and OSError are how this project reports bad input (a wrong flag, file, shape, a full disk).
+    OCTO_TRACEBACK=1 shows where one was raised.
+    """
+    try:
+        main()
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("OCTO_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+        sys.exit(2)
