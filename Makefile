@@ -29,7 +29,7 @@ BESIDE = --threads 1 $(RUN)
 
 all: $(VENV)/run.ok
 	@$(MAKE) --no-print-directory -j$(JOBS) recipe
-	@$(PY) rl.py --report --out $(OUT)
+	@$(PY) -m assets.report $(OUT)
 
 recipe: rl-long rl-hybrid rl-short rl-stable rl-base # the longest first
 
@@ -61,7 +61,7 @@ real: $(VENV)/run.ok
 	@$(SMALL) --branch base $(BASE)
 	@$(SMALL) --branch stable $(STABLE)
 	@for branch in short long hybrid; do $(SMALL) --branch $$branch $(DECAY) || exit $$?; done
-	@$(PY) midtrain.py --report --out $(REAL)
+	@$(PY) -m assets.report $(REAL)
 
 $(VENV)/run.ok: requirements.txt
 	$(PYTHON) -m venv $(VENV)

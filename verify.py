@@ -1259,6 +1259,11 @@ def is_letter(answer: str) -> bool:
     return re.fullmatch(r"\W*(text\W*)?[A-H]\W*", answer) is not None
 
 
+def sample_and_grade(sampler, problems, prompts, grade, n=1, max_new_tokens=1024, temperature=0.0, seed=0, stop=None, request_ids=None):
+    made = sampler.generate(prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, stop=stop, request_ids=request_ids)
+    return [[(c, grade(c.text, problem)) for c in group] for problem, group in zip(problems, made, strict=True)]
+
+
 def evaluate(
     sampler, problems, prompt, max_new_tokens, n=1, temperature=0.0, seed=0, stop=None, box_only=True, ids=None
 ) -> list[dict]:

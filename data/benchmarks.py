@@ -162,3 +162,25 @@ def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
 
 def _plain(problem: str) -> str:
     return "".join(problem.split()).lower()
+
+
+def load_problems(source, data_dir=None, limit=None, seed=0):
+    from data import prepare
+    import os
+    if source.startswith("hub:"):
+        rows=[]
+        for number, (what, row) in enumerate(prepare.corpus_rows(prepare.hub_corpus("qa", source[4:]), Path(), 0, None), 1):
+            problem, answer = row.get("problem") or row.get("question"), row.get("answer")
+            if answer is None:
+                answer = last_box(str(row.get("solution")))
+            is_text = type(answer) in (str, int, float)
+            answer = str(answer).rpartition("####")[2].strip()
+            if not isinstance(problem, str) or not answer or not is_text:
+                raise ValueError(f"{what}: row {number} has no problem with an answer; its columns: {', '.join(row)}")
+            rows.append({"problem": problem, "answer": answer})
+        return rows
+    if source in BENCHMARKS and not os.path.exists(source):
+        return read(source, data_dir, limit, seed)
+    rows = list(read_problems(Path(source)))
+    if not rows: raise ValueError(f"{source} holds no problem")
+    return rows

@@ -405,7 +405,7 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
         return Source(recipes.SOURCES["tiny"][name], read, tokens_per_source[name], val_every=20, unique=False)
 
     sources = {name: source(name) for name in tokens_per_source}
-    settings = {"world": "tiny", "vocab_size": vocab_size, "tokens": tokens_per_source, "seed": seed}
+    settings = {"corpus": "tiny", "vocab_size": vocab_size, "tokens": tokens_per_source, "seed": seed}
     return prepare(Path(out), sources, lambda: train_tokenizer(sources, vocab_size), seq_len, settings)
 
 
@@ -629,7 +629,7 @@ def main() -> None:
     problems = [problem for rows in benchmarks.values() for problem in rows]
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else None
     settings = {
-        "world": args.world if not args.source else "own",
+        "corpus": args.world if not args.source else "own",
         "sources": {name: list(corpus) for name, corpus in corpora.items()},
         "files": {name: [fingerprint(path) for path in corpus_files(corpus, folder)] for name, corpus in corpora.items()},
         "max_tokens": budgets,

@@ -172,7 +172,7 @@ def read_index(folder: str | os.PathLike, check: bool = False) -> dict | None:
     if (index := read_json(path, missing_ok=True)) is None:
         return None
     try:
-        names, _, _ = list(index["sources"]), index["settings"]["world"], index["tokenizer"]  # what readers rely on
+        names, _, _ = list(index["sources"]), index["settings"]["corpus"], index["tokenizer"]  # what readers rely on
     except (KeyError, TypeError):
         raise ValueError(f"{path} is damaged: delete it and prepare again") from None
     for name in names:

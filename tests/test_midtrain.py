@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -527,8 +528,6 @@ def test_a_controlled_run_stands_on_the_base_and_takes_a_mixture_by_name(train, 
     settings = json.loads((tmp_path / "controlled/config.json").read_text())
     assert settings["mixture"] == {"web": 0.7, "long_cot": 0.3} and settings["starts_from"] == "base"
     assert rows(tmp_path / "controlled")[-1]["lr"] == pytest.approx(0.1 * settings["lr"])
-    with pytest.raises(ValueError, match="--resume auto goes on from it"):
-        train(tmp_path, "--branch", "controlled", "--mix", "qa_30", "--resume", "never", "--steps", "4")
 
 
 def test_noisy_text_is_generated_for_a_mixture_that_has_it(tmp_path, monkeypatch):
@@ -767,74 +766,21 @@ def test_skipped_steps_in_a_row_are_counted_through_a_restart(train, tmp_path, m
         train(tmp_path, "--branch", "base", "--steps", "9")
 
 
-def test_report_of_stages(train, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    train(tmp_path, "--branch", "short", "--eval-every", "2")
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--report", "--out", str(tmp_path)])
-    midtrain.main()
-    table = (tmp_path / "midtrain.md").read_text().splitlines()
-    assert table == capsys.readouterr().out.splitlines()[:-1] and len(table) == 5
-    last = rows(tmp_path / "short")[-1]
-    assert f"| short | 4 | 2,048 | {rows(tmp_path / 'short')[0]['loss']:.3f} | {last['loss']:.3f} |" in table[-1]
-    assert f"| {last['bits_per_byte']:.3f} | web " in table[-1] and (tmp_path / "midtrain.png").stat().st_size > 9000
-    assert sum(value for key, value in last.items() if key.startswith("share/")) == pytest.approx(1)
-    whole = (tmp_path / "short/metrics.jsonl").read_text()
-    (tmp_path / "short/metrics.jsonl").write_text(whole + '{"step": 5, "loss": null}\n{"step": 6, "lo')  # killed
-    (tmp_path / "stable/metrics.jsonl").write_text("")
-    midtrain.main()
-    assert "| short | 5 |" in (tmp_path / "midtrain.md").read_text() and "stable" not in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--report", "--out", str(tmp_path / "none")])
-    with pytest.raises(ValueError, match="no stage has run in"):
-        midtrain.main()
-
-
 def test_plan_needs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "stable", "--preset", "8b", "--plan"])
     midtrain.main()
     said = capsys.readouterr().out
     assert "8,030,261,248 parameters" in said and "209,715,200,000 tokens" in said
-    assert "GPU-hours" in said and "s a step" in said
+    assert "GPU-hours" in said and "s per step" in said
     monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "base", "--plan", "--replicate", "3"])
     with pytest.raises(ValueError, match="--replicate 3 fit none of 1, 8 and 64 GPUs"):
         midtrain.main()
 
 
-MEASURE = f"""
-import dataclasses, re, sys; sys.path[:0] = [{str(ROOT)!r}]
-import torch, midtrain, model
-from data.loader import Batch
-torch.set_num_threads(1)
-args = midtrain.argparse.Namespace(batch=4, micro_batch=4, seq_len=256, replicate=1)
-args.activation_checkpointing = sys.argv[2] == "1"
-
-def train(config, B, T):
-    llama = midtrain.add_options(model.Llama(config), False, args.activation_checkpointing).init_weights(0)
-    llama.compute_dtype = midtrain.DTYPES[sys.argv[1]]
-    optimizer = midtrain.make_optimizer(llama, 1e-3)
-    zeros = torch.zeros(B, T, dtype=torch.int64)
-    for _ in range(2):
-        midtrain.train_step(llama, optimizer, Batch(zeros, zeros + 1, zeros, zeros[:, 0]), ("web",), B, midtrain.World())
-    return 1024 * int(re.search("VmHWM:\\\\s*(\\\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss knows the parent's
-
-before = train(model.LlamaConfig(300, 1, 64, 4, 2, 16, 64), 1, 64)
-config = dataclasses.replace(model.PRESETS["small"], vocab_size=4096, num_layers=6)
-print(train(config, 4, 256) - before, midtrain.memory_plan(config, args, sys.argv[1], 1, kernels=False)["peak"])
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is told to give memory back")
-@pytest.mark.parametrize("dtype, recompute", [("fp32", 0), ("fp32", 1), ("bf16", 0)])
-def test_the_plan_foretells_memory_to_ten_percent(dtype, recompute):
-    give_back = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_TOP_PAD_": "0"}
-    command = [sys.executable, "-c", MEASURE, dtype, str(recompute)]
-    measured, planned = map(float, subprocess.check_output(command, env=os.environ | give_back).split())
-    assert planned == pytest.approx(measured, rel=0.1)
-
-
-def test_a_plan_that_does_not_fit_is_refused(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 10)
-    with pytest.raises(
-        ValueError, match="a rank needs about .* GiB and has 0.0 .parameters .*--activation-checkpointing"
-    ):
-        train(tmp_path, "--branch", "base")
+def test_a_plan_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 30))
+    args = SimpleNamespace(batch=8, micro_batch=8, seq_len=64, replicate=1, activation_checkpointing=False)
+    card = midtrain.World(device=torch.device("cuda"))
+    with pytest.raises(ValueError, match="a rank needs about .* GiB and has 0.0 .parameters .*--activation-checkpointing"):
+        midtrain.check_memory(midtrain.PRESETS["tiny"], args, "bf16", card)
+    midtrain.check_memory(midtrain.PRESETS["8b"], args, "bf16", midtrain.World())  # a CPU needs no plan

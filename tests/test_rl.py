@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # this file is also a program: see its end
 
 import midtrain  # noqa: E402
 import rl  # noqa: E402
-from data import prompts, synth, tokenizer  # noqa: E402
+from data import benchmarks, prompts, synth, tokenizer  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 from sample import Sampler  # noqa: E402
 
@@ -41,6 +41,10 @@ def settings(**changes):
         "seed": 0, "stop": (),
     }  # fmt: skip
     return SimpleNamespace(**(args | changes))
+
+
+def grpo_loss(*tensors, denominator=None, sampler_logp=None, ref_logp=None, **variant):
+    return rl.grpo_loss(*tensors, rl.LossConfig(**variant), denominator, sampler_logp, ref_logp)
 
 
 def gradient(loss, parameter):
@@ -79,10 +83,10 @@ def test_unknown_variants_are_named():
     with pytest.raises(ValueError, match="valid: group, mean, rloo"):
         rl.advantages(x, "std")
     with pytest.raises(ValueError, match="valid: token, sequence, constant"):
-        rl.grpo_loss(x, x, x[0], x + 1, loss_agg="mean")
-    assert rl.grpo_loss(x, x, x[0], x + 1, loss_agg="constant")[0].isnan(), "the length cap is not there to be guessed"
+        grpo_loss(x, x, x[0], x + 1, loss_agg="mean")
+    assert grpo_loss(x, x, x[0], x + 1, loss_agg="constant")[0].isnan(), "the length cap is not there to be guessed"
     with pytest.raises(ValueError, match="valid: clip, gspo, cispo"):
-        rl.grpo_loss(x, x, x[0], x + 1, surrogate="ppo")
+        grpo_loss(x, x, x[0], x + 1, surrogate="ppo")
     with pytest.raises(ValueError, match="valid: k1, k2, k3"):
         rl.kl_estimate(x, x, "k4")
 
@@ -112,7 +116,7 @@ def test_gradient_is_the_policy_gradient():
     mask = torch.ones_like(logp)
 
     def surrogate(A, mask, **how):  # the weight p stands for how often a sequence is drawn: it multiplies its advantage
-        loss, _ = rl.grpo_loss(logp, logp.detach(), p * A, mask, **how)
+        loss, _ = grpo_loss(logp, logp.detach(), p * A, mask, **how)
         return torch.autograd.grad(-loss, tables, retain_graph=True)
 
     for ours, truth in zip(surrogate(A, mask, loss_agg="constant", denominator=1.0), exact):
@@ -130,12 +134,12 @@ def test_gradient_at_and_off_the_policy():
             {"surrogate": "cispo"})  # fmt: skip
     for how in hows:
         logp = old.clone().requires_grad_()
-        grad = gradient(rl.grpo_loss(logp, old, A, mask, denominator=1.0, **how)[0], logp)
+        grad = gradient(grpo_loss(logp, old, A, mask, denominator=1.0, **how)[0], logp)
         torch.testing.assert_close(grad, -A[:, None].expand(2, 2), msg=f"on the policy: -A, with {how}")
 
     def off(ratio, a, **how):
         logp = (torch.zeros(1, 1, dtype=torch.float64) + math.log(ratio)).requires_grad_()
-        loss, sums = rl.grpo_loss(logp, torch.zeros_like(logp), torch.tensor([a]), torch.ones(1, 1), **how)
+        loss, sums = grpo_loss(logp, torch.zeros_like(logp), torch.tensor([a]), torch.ones(1, 1), **how)
         return loss.item(), gradient(loss, logp).item(), sums
 
     assert off(1.3, 1.0)[1] == 0 and off(1.3, 1.0)[2]["clip_high"] == 1
@@ -156,7 +160,7 @@ def test_gspo_by_hand():
     logp = torch.tensor([[0.3, -0.1, 9.0], [0.2, 0.2, 0.2]], dtype=torch.float64).log1p().requires_grad_()
     mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]], dtype=torch.float64)
     how = {"surrogate": "gspo", "loss_agg": "sequence", "clip_low": 0.1, "clip_high": 0.1}
-    loss, sums = rl.grpo_loss(logp, old, torch.tensor([1.0, 1.0]).double(), mask, **how)
+    loss, sums = grpo_loss(logp, old, torch.tensor([1.0, 1.0]).double(), mask, **how)
     s = math.sqrt(1.3 * 0.9)  # within 1.1; the second response's, 1.2, is not
     assert loss.item() == pytest.approx(-(s + 1.1) / 2)
     expected = torch.tensor([[s / 4, s / 4, 0], [0, 0, 0]], dtype=torch.float64)  # 1/N 1/|o| s a token
@@ -174,7 +178,7 @@ def test_importance_weights_correct_another_sampler():
     def gradient_under_mu(cap):
         column = whole[:, None]
         how = {"loss_agg": "constant", "denominator": 1.0, "is_cap": cap, "sampler_logp": mu[:, None]}
-        loss, _ = rl.grpo_loss(column, column.detach(), mu.exp() * reward, torch.ones_like(column), **how)
+        loss, _ = grpo_loss(column, column.detach(), mu.exp() * reward, torch.ones_like(column), **how)
         return torch.autograd.grad(-loss, tables, retain_graph=True)
 
     for ours, truth in zip(gradient_under_mu(1e6), exact):
@@ -200,7 +204,7 @@ def test_golden_table():
     def run(rows=slice(None), width=7, **how):
         pad = (0, width - 7)
         lp, m = torch.nn.functional.pad(logp, pad)[rows], torch.nn.functional.pad(mask, pad)[rows]
-        return rl.grpo_loss(lp, lp.detach(), A[rows], m, **how)[0]
+        return grpo_loss(lp, lp.detach(), A[rows], m, **how)[0]
 
     expected = {"token": -(3 - 4 - 14 + 7 + 4 - 2) / 24, "sequence": 0.0, "constant": 6 / (6 * 10)}
     totals = {"token": 24, "sequence": 6, "constant": 6 * 10}
@@ -234,7 +238,7 @@ def test_kl_estimates(seed):
 
     zero = torch.zeros(len(whole), dtype=torch.float64)
     column, ref_column = whole[:, None], ref[:, None]
-    loss, _ = rl.grpo_loss(
+    loss, _ = grpo_loss(
         column, column.detach(), zero, weight[:, None], denominator=1.0, kl_coef=1.0, kl="k2", ref_logp=ref_column
     )
     step = torch.autograd.grad(loss, tables)
@@ -310,7 +314,7 @@ def test_a_shared_prompt_is_the_prompt_of_each(kl_coef, monkeypatch):
         by_advantage = [
             (a, lp[: int(m.sum())]) for b, x in zip(batches, logps) for a, m, lp in zip(b.advantages, b.mask, x)
         ]
-        loss = sum(rl.grpo_loss(x, x.detach(), b.advantages, b.mask, loss_agg="constant", denominator=9.0)[0]
+        loss = sum(grpo_loss(x, x.detach(), b.advantages, b.mask, loss_agg="constant", denominator=9.0)[0]
                    for b, x in zip(batches, logps))  # fmt: skip
         grads = torch.autograd.grad(loss, list(model.parameters()))
         order = sorted(by_advantage, key=lambda pair: (len(pair[1]), pair[0].item(), pair[1].sum().item()))
@@ -432,7 +436,7 @@ def test_sampler_and_trainer_agree(temperature):
         p.data *= 3.0  # far from uniform
     asked = [{"tokens": [rng.randrange(32) for _ in range(rng.randint(1, 9))], "answer": "1"} for _ in range(6)]
     args = settings(stop=(5, 6))
-    samples = rl.answer(Sampler(model, None, slots=5), asked, 4, 20, temperature, 0, args, ALONE)
+    samples = rl.rollout(Sampler(model, None, slots=5), asked, 4, 20, temperature, 0, args, ALONE)
     assert {s.stopped for s in samples} == {True, False} and all(s.tokens[-1] in (5, 6) for s in samples if s.stopped)
     for b in rl.micro_batches(samples, args, ALONE):
         gap = (rl.log_probs(model, b, temperature) - b.sampler_logp) * b.mask
@@ -508,7 +512,7 @@ def test_the_known_optimum_under_a_kl_penalty():
             drawn = torch.multinomial(theta.detach().softmax(0), 4096, replacement=True, generator=generator)
             logp = theta.log_softmax(0)[drawn][:, None]
             A = rl.advantages(reward[drawn][None], "mean")[0]
-            loss, _ = rl.grpo_loss(
+            loss, _ = grpo_loss(
                 logp, logp.detach(), A, torch.ones_like(logp), kl_coef=coef, kl=kl, ref_logp=ref[drawn][:, None]
             )
             with torch.no_grad():
@@ -700,15 +704,15 @@ def test_dapo_asks_until_all_groups_have_a_signal(checkpoint, tmp_path, monkeypa
 
     run(monkeypatch, command(checkpoint, tmp_path / "a", *DAPO), reward)
     _, rows, texts = whole = outcome(tmp_path / "a")
-    asked = [row["asked"] for row in rows[1:]]
+    asked = [row["problems"] for row in rows[1:]]
     assert all(n % 4 == 0 for n in asked) and 4 < max(asked) <= 20
     assert [len(text.splitlines()) for text in texts.values()] == [4 * n for n in asked]
     assert any(json.loads(line)["reward"] not in (1, -1) for text in texts.values() for line in text.splitlines())
     for row, text in zip(rows[1:], texts.values()):
-        groups = [[json.loads(line) for line in text.splitlines()[i : i + 4]] for i in range(0, 4 * row["asked"], 4)]
+        groups = [[json.loads(line) for line in text.splitlines()[i : i + 4]] for i in range(0, 4 * row["problems"], 4)]
         signal = [g for g in groups if len({odd_reward(a["response"], 0) if int(a["gold"]) % 3 else -1 for a in g}) > 1]
         assert row["trained_tokens"] == sum(answer["tokens"] for group in signal[:4] for answer in group)
-        assert len(signal) >= 4 or row["asked"] == 20
+        assert len(signal) >= 4 or row["problems"] == 20
 
     calls = itertools.count(1)
 
@@ -752,10 +756,10 @@ def test_prompts_of_the_hub_and_benchmarks_beside_training(tmp_path):
     rows = [{"question": f"{i} + 1?", "answer": f"It is {i}, and one.\n#### {i + 1}"} for i in range(5)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set/train-0.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([{"text": "no problem"}]), tmp_path / "other/train-0.parquet")
-    found = rl.read_problems(f"hub:{tmp_path / 'set'}")
+    found = benchmarks.load_problems(f"hub:{tmp_path / 'set'}")
     assert found[4] == {"problem": "4 + 1?", "answer": "5"} and len(found) == 5
     with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
-        rl.read_problems(f"hub:{tmp_path / 'other'}")
+        benchmarks.load_problems(f"hub:{tmp_path / 'other'}")
     args = settings(prompts=None, eval="math500", data=str(tmp_path), eval_problems=9, template="simple", max_prompt=99)
     words = tokenizer.train(["Question: Answer: 1 + 2?"], 260)
     with pytest.raises(FileNotFoundError, match="eval/math500.jsonl"):
@@ -799,26 +803,6 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
     assert outcome(tmp_path) == uninterrupted
 
 
-def test_report(checkpoint, tmp_path, monkeypatch, capsys):
-    for name, after, last in (("long", 0.5, 5), ("base", 0.1, 5), ("short", 0.9, 3)):  # short was interrupted
-        folder = tmp_path / f"rl-{name}"
-        folder.mkdir()
-        ends = ((0, 0.1), (last, after))
-        rows = [{"step": s, "steps": 5, "eval_n": 100, "eval_accuracy": a, "eval_length": 50 + s} for s, a in ends]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(sys, "argv", ["rl.py", "--report", "--out", str(tmp_path)])
-    rl.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == str(tmp_path / "report.png") and Path(lines[-1]).read_bytes()[:4] == b"\x89PNG"
-    assert lines[2].startswith("| base | 10.0%") and "| +40.0 points | 50 | 55 | 5 |" in lines[3]
-    assert not any("short" in line for line in lines)
-    assert json.loads((tmp_path / "report.json").read_text())[1]["after_low"] == pytest.approx(0.4038, abs=1e-3)
-
-    monkeypatch.setattr(sys, "argv", ["rl.py", "--report", "--out", f"{tmp_path},{tmp_path}"])
-    rl.main()  # over seeds
-    assert "| long | 10.0% (10.0% to 10.0%) | 50.0% (50.0% to 50.0%) | +40.0 points" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     "flags, says",
     [
@@ -839,9 +823,8 @@ def test_report(checkpoint, tmp_path, monkeypatch, capsys):
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/none.jsonl"], "none.jsonl"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/empty.jsonl"], "holds no problem"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/key.jsonl"], "key.jsonl:2:"),
-        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "text.jsonl:1: not JSON"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "text.jsonl, line 1: not one JSON object"),
         (["--ckpt", "{tmp}/nowhere"], "nowhere"),
-        (["--report", "--out", "{tmp}/nowhere"], "no finished rl-"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, says, checkpoint, tmp_path, monkeypatch):
