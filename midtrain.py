@@ -4,8 +4,8 @@
     (ours)   constant   cosine to a tenth of the learning rate, one branch per mixture
           →  controlled    cosine too, on the mixture that --mix names: what does one factor do?
 
-    python midtrain.py --branch long                           # tiny, on any machine; earlier stages run first
-    torchrun --nproc_per_node=8 midtrain.py --branch long      # the same on 8 GPUs (or processes, on a CPU)
+    python midtrain.py --branch long                         # tiny, on any machine; earlier stages run first
+    torchrun --nproc_per_node=8 midtrain.py --branch long    # the same on 8 GPUs (or processes, on a CPU)
     torchrun --nproc_per_node=8 midtrain.py --preset 1b --branch long --init Llama-3.2-1B --data DIR
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 midtrain.py ...
 
@@ -24,7 +24,7 @@ The metrics, one row per step in metrics.jsonl (the line that is printed shows t
     loss, loss/SOURCE  mean negative log-likelihood over all target tokens of the step, and over one source's;
                        in nats, over all ranks and micro-batches together
     lr, grad_norm      learning rate of the step; global gradient norm before clipping at 1.0
-    skipped            1 if loss or gradient was not finite (then null): the weights stayed; five in a row stop
+    skipped            1 if loss or gradient was not finite (then null): the weights stay; five in a row stop
     val_loss, bits_per_byte, and both with /SOURCE
                        on held-out text, weighted like the mixture, every --eval-every steps and at the end;
                        bits per byte of text do not depend on the tokenizer
@@ -201,16 +201,16 @@ def train_step(model: Llama, optimizer, batch: Batch, names: tuple, micro_batch:
 
 
 @torch.no_grad()
-def validate(model: Llama, loader: Loader, mixture: dict, micro_batch: int, world: World, token_bytes: Tensor):
+def validate(model: Llama, loader: Loader, mixture: dict, micro_batch: int, world: World, token_bytes):
     """On held-out text of each source: loss in nats per token and in bits per byte, and their means, weighted
-    like the mixture. token_bytes (vocab,): how many bytes of text each token stands for.
-    """
+    like the mixture. token_bytes (vocab,): how many bytes of text each token stands for."""
     sums = torch.zeros(len(mixture), 3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
     for name, batch in loader.validation(EVAL_BATCHES, world.rank, world.size):
         add_losses(sums[:, :2], model, batch, micro_batch)
         sums[list(mixture).index(name), 2] += token_bytes[batch.targets[batch.targets >= 0]].sum()
     row = {"val_loss": 0.0, "bits_per_byte": 0.0}
-    for (name, weight), (nats, tokens, size) in zip(mixture.items(), all_sum(sums, world).tolist(), strict=True):
+    sums = all_sum(sums, world).tolist()
+    for (name, weight), (nats, tokens, size) in zip(mixture.items(), sums, strict=True):
         row[f"val_loss/{name}"] = nats / max(tokens, 1)
         row[f"bits_per_byte/{name}"] = nats / math.log(2) / max(size, 1)
         for key in ("val_loss", "bits_per_byte"):
@@ -260,7 +260,7 @@ def stages_to_run(args) -> list[str]:
 
 
 def run_stage(stage: str, args, world: World) -> None:
-    """Train a stage to its end, from where its folder stands. After a signal: save, SystemExit(128 + signal)."""
+    """Train a stage to its end, from where its folder stands. A signal: save and SystemExit(128 + signal)."""
     stage_dir, data_dir = os.path.join(args.out, stage), on_rank0(lambda: open_data(args))
     settings = resolve_settings(stage, args, data_dir, world)
     saved = on_rank0(lambda: open_folder(stage_dir, asdict(settings)))  # its newest checkpoint, or None
@@ -270,7 +270,7 @@ def run_stage(stage: str, args, world: World) -> None:
         return files.print0(f"[{stage}] is finished: {saved}")
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, args.seed + RECIPE[stage].data_seed)
     check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
-    model, optimizer = load_model(settings, saved, args, world)
+    model, optimizer = build_model(settings, saved, args, world)
     tok = tokenizer.load(data_dir)
     log, speed, size = MetricsLog(stage_dir, start), Speed(settings, world), token_bytes(tok)
     announce(settings, start, world)
@@ -395,7 +395,7 @@ def model_shape(args, below: str | None, vocab_size: int) -> LlamaConfig:
     return found
 
 
-def load_model(settings: Settings, saved: str | None, args, world: World) -> tuple[Llama, torch.optim.AdamW]:
+def build_model(settings: Settings, saved: str | None, args, world: World) -> tuple[Llama, torch.optim.AdamW]:
     """Model and optimizer: from the stage's own checkpoint, else the stage below, --init, or random."""
     config = LlamaConfig(**settings.model)
     from_init = settings.starts_from == args.init and not saved
@@ -520,7 +520,7 @@ def clean_exit():
         if not dist.is_initialized():
             raise
         code = stop.code
-    except (ValueError, OSError):  # bad input, which all ranks meet: rank 0 reports it, torchrun ends the rest
+    except (ValueError, OSError):  # bad input, which all ranks meet: rank 0 reports it, torchrun ends all
         if not files.is_rank0():
             time.sleep(3)  # still here: only this rank has failed, so it must report
         raise
@@ -583,7 +583,7 @@ def apply_fsdp(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1
     model.compute_dtype = dtype
     if world.size == 1:
         return model if model.embed.weight.is_meta else model.to(world.device)
-    # Reductions in fp32: bf16 would round a sum over many ranks. Inputs, rotary tables among them, stay as they are.
+    # Reductions in fp32: bf16 would round a sum over many ranks. Inputs (rotary tables) stay as they are.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     shape, names = (world.size,), None
     if replicas > 1:
@@ -611,7 +611,7 @@ def fastest_dtype(device: torch.device) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: STAGE/checkpoints/step_000123: config.json, model.safetensors, tokenizer.model, meta.json, state/
+# Checkpoints: STAGE/checkpoints/step_000123: config.json, model.safetensors, tokenizer.model, meta.json, state
 
 KEEP = 2  # checkpoints of a stage
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, in one process
@@ -863,8 +863,9 @@ def show_plan(args) -> None:
     steps = args.steps or RUNS[args.preset]["steps"][args.branch]
     tokens, dtype = steps * args.batch * args.seq_len, "bf16" if args.dtype == "auto" else args.dtype
     flops = tokens * flops_per_token(config, args.seq_len)
-    print(f"{args.preset} {args.branch}: {config.num_params():,} parameters, {steps:,} steps, {tokens:,} tokens")
-    print(f"{flops:.3e} FLOPs, counted by flops_per_token(); time at {PLAN_MFU:.0%} of the peak of {PLAN_DEVICE}s")
+    size = f"{config.num_params():,} parameters, {steps:,} steps, {tokens:,} tokens"
+    print(f"{args.preset} {args.branch}: {size}, {flops:.3e} FLOPs (flops_per_token)")
+    print(f"time at {PLAN_MFU:.0%} of the peak of {PLAN_DEVICE}s")
     print(f"{dtype}, {args.micro_batch} x {args.seq_len} tokens at once; memory in GiB per GPU:")
     rows = []
     for gpus in sorted({1, 8, 64, int(os.environ.get("WORLD_SIZE", "1"))}):
@@ -933,7 +934,7 @@ def parse_args():
     p.add_argument("--compile", action="store_true", help="torch.compile each block: faster on GPUs")
     p.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in the "
                    "backward pass: less memory, about a third slower")
-    p.add_argument("--plan", action="store_true", help="print size, cost and GPU memory of the stage, and stop")
+    p.add_argument("--plan", action="store_true", help="print size, cost and GPU memory of the stage")
     with contextlib.redirect_stderr(sys.stderr if files.is_rank0() else io.StringIO()):
         args = p.parse_args()
     if not args.branch:

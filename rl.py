@@ -21,8 +21,8 @@ makes a value network unnecessary; then one or more clipped policy-gradient upda
     OctoThinker, paper     --preset 1b, 3b or 8b (and --template complex for long chains of thought)
     OctoThinker, scripts   --prompts-per-step 256 --updates 16 --length-schedule 0:2048,100:4096,160:8192
 
-    python rl.py --branch long                                      # from runs/tiny/long, in runs/tiny/rl-long
-    python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl  # rows {"problem": ..., "answer": ...}
+    python rl.py --branch long                                     # from runs/tiny/long, in runs/tiny/rl-long
+    python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl # rows {"problem": ..., "answer": ...}
     python rl.py --ckpt DIR --prompts hub:openai/gsm8k:main --eval gsm8k --data DATA
     torchrun --nproc_per_node=8 rl.py --branch long --preset 3b     # in runs/3b; on a CPU the same with gloo
     python -m assets.report runs/tiny                               # table and picture of all its rl-* runs
@@ -528,7 +528,7 @@ def train(args, world: World) -> None:
     source, name = starting_point(args)
     folder = os.path.join(args.out, name)
     model, reference, tok = load_policy(source, args, world)
-    train_problems, held_out = load_problems(args, tok)
+    train_problems, held_out = read_problems(args, tok)
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
     args.length_caps, args.stop = parse_schedule(args.length_schedule), (*tok.stop_ids, *prompts.STOP)
     optimizer = midtrain.make_optimizer(model, args.lr, weight_decay=0.0)
@@ -655,7 +655,7 @@ def load_policy(source: str, args, world: World):
     return model, reference[0] if reference else None, loaded[0][1]
 
 
-def load_problems(args, tok) -> tuple[list[dict], list[dict]]:
+def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
     """(to train on, held out), with the prompts' ids as "tokens"; too long training prompts are left out."""
     if args.prompts:
         train = benchmarks.load_problems(args.prompts, args.data)

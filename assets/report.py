@@ -1,7 +1,7 @@
 """Tables and pictures of runs: losses of the stages, accuracy and length over GRPO steps.
 
-    python -m assets.report runs/tiny                          # stages → midtrain.md, .png; rl-* → report.md, .png
-    python -m assets.report runs/tiny runs/seed1 runs/seed2    # the same of each, then means and ranges over seeds
+    python -m assets.report runs/tiny                       # stages: midtrain.md, .png; GRPO: report.md, .png
+    python -m assets.report runs/tiny runs/seed1 runs/seed2 # the same of each, then means and ranges of all
 """
 
 import math
@@ -30,7 +30,7 @@ def read_stages(out: str) -> dict[str, tuple[dict, list[dict]]]:
 
 
 def stage_table(stages: dict) -> str:
-    lines = ["| stage | steps | tokens | loss, first steps | last | held out | bits per byte | sequences seen |"]
+    lines = ["| stage | steps | tokens | loss, first steps | last | held out | bits per byte | seen |"]
     lines.append("|" + "---|" * 8)
     for stage, (settings, rows) in stages.items():
         points = twentieths(rows)
@@ -55,16 +55,17 @@ def twentieths(rows: list[dict]) -> list[tuple[float, float]]:
 
 
 def plot_stages(stages: dict, path: str) -> None:
-    """Training loss (mean of each twentieth of a stage) and held-out loss against tokens, branches side by side."""
+    """Training loss (mean of each twentieth of a stage) and held-out loss against tokens."""
     figure, axes = _figure(1, (9, 4.5))
     end: dict = {}
     for stage, (settings, rows) in stages.items():
-        begin, each = end.get(midtrain.RECIPE[stage].stands_on, 0), settings["batch"] * settings["seq_len"] / 1e6
+        begin = end.get(midtrain.RECIPE[stage].stands_on, 0)  # branches lie side by side
+        each = settings["batch"] * settings["seq_len"] / 1e6
         end[stage] = begin + len(rows) * each
         points = [(begin + each * step, loss) for step, loss in twentieths(rows)]
         (drawn,) = axes.plot(*zip(*points), label=f"{stage}, training")
-        held = [(begin + each * row["step"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-        if held:
+        held = [row for row in rows if row.get("val_loss") is not None]
+        if held := [(begin + each * row["step"], row["val_loss"]) for row in held]:
             axes.plot(*zip(*held), "o--", color=drawn.get_color(), alpha=0.6, label=f"{stage}, held out")
     axes.set(xlabel="tokens, millions", ylabel="loss, nats per token (each stage on its own mixture)")
     axes.grid(alpha=0.3)
@@ -102,20 +103,22 @@ def rl_rows(runs: dict[str, list[dict]]) -> list[dict]:
 
 
 def rl_table(table: list[dict]) -> str:
-    lines = ["| start | before RL | after RL | difference | length before | after | steps |", "|---" * 7 + "|"]
+    lines = ["| start | before RL | after RL | difference | length before | after | steps |"]
+    lines.append("|---" * 7 + "|")
     for t in table:
-        before, after = (f"{t[k]:.1%} ({t[k + '_low']:.1%} to {t[k + '_high']:.1%})" for k in ("before", "after"))
+        ends = ((t[k], t[k + "_low"], t[k + "_high"]) for k in ("before", "after"))
+        before, after = (f"{share:.1%} ({low:.1%} to {high:.1%})" for share, low, high in ends)
         lengths = f"{t['length_before']:.0f} | {t['length_after']:.0f}"
         points = f"{100 * t['difference']:+.1f} points"
         lines.append(f"| {t['start']} | {before} | {after} | {points} | {lengths} | {t['steps']} |")
-    said = f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals; mean lengths in tokens."
-    return "\n".join([*lines, "", said])
+    said = f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals"
+    return "\n".join([*lines, "", f"{said}; mean lengths in tokens."])
 
 
 def seeds_table(outs: list[str], tables: list[list[dict]]) -> str:
     """Mean and range over several folders: runs with different seeds."""
-    lines = [f"| start | before RL | after RL | difference, mean of {len(outs)} | of each | length before | after |"]
-    lines.append("|---" * 7 + "|")
+    mean = f"difference, mean of {len(outs)}"
+    lines = [f"| start | before RL | after RL | {mean} | of each | length before | after |", "|---" * 7 + "|"]
     if len({tuple(row["start"] for row in table) for table in tables}) > 1:
         raise ValueError(f"{', '.join(outs)} do not hold runs from the same starting points")
     for rows in zip(*tables, strict=True):
@@ -143,7 +146,8 @@ def plot_rl(runs: dict[str, list[dict]], path: str) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), frameon=False)
+    lines = left.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(runs), frameon=False)
     figure.suptitle("GRPO from different starting points")
     figure.savefig(path, dpi=150)
 
@@ -162,25 +166,28 @@ def _figure(columns: int, size: tuple[float, float]):
 
 
 def report_folder(out: str) -> list[dict]:
-    """Print and write all that there is to say of a folder; returns the rows of the table of its rl-* runs."""
+    """Print and write the tables and pictures of a run folder → the rows of the table of its rl-* runs."""
     stages, runs = read_stages(out), read_rl(out)
     if not stages and not runs:
         raise FileNotFoundError(f"no stage and no finished rl-* run in {out}")
     table = rl_rows(runs)
-    parts = [("midtrain", stages, stage_table, stages, plot_stages), ("report", table, rl_table, runs, plot_rl)]
-    for name, rows, as_table, drawn, plot in parts:
-        if rows:
-            text = as_table(rows)
-            print(text)
-            files.write_text(os.path.join(out, f"{name}.md"), text)
-            plot(drawn, os.path.join(out, f"{name}.png"))
-            print(f"wrote {out}/{name}.md and {out}/{name}.png")
+    if stages:
+        publish(out, "midtrain", stage_table(stages), lambda path: plot_stages(stages, path))
+    if runs:
+        publish(out, "report", rl_table(table), lambda path: plot_rl(runs, path))
     return table
+
+
+def publish(out: str, name: str, text: str, plot) -> None:
+    print(text)
+    files.write_text(os.path.join(out, f"{name}.md"), text)
+    plot(os.path.join(out, f"{name}.png"))
+    print(f"wrote {out}/{name}.md and {out}/{name}.png")
 
 
 def main() -> None:
     parser = files.ArgumentParser(prog="python -m assets.report", description=__doc__)
-    parser.add_argument("out", nargs="+", metavar="DIR", help="run folders; several are seeds of one experiment")
+    parser.add_argument("out", nargs="+", metavar="DIR", help="run folders; several: seeds of one experiment")
     outs = parser.parse_args().out
     tables = [report_folder(out) for out in outs]
     if len(outs) > 1:

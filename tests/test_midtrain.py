@@ -1,4 +1,5 @@
-"""Mid-training: what resumes is what was not killed, ranks and micro-batches change nothing, bad input is one line."""
+"""Mid-training: what resumes is what was not killed, ranks and micro-batches change nothing, bad input is one
+line."""
 
 import contextlib
 import json
@@ -39,9 +40,17 @@ def make_small() -> None:
     """The tiny preset made minute, here and in the processes that the tests start."""
     midtrain.PRESETS["tiny"] = LlamaConfig(300, 2, 32, 4, 2, 8, 64)
     midtrain.RUNS["tiny"] = midtrain.RUNS["tiny"] | {
-        "steps": midtrain._stages(4, 4, 4, 4), "warmup": 2, "batch": 8, "micro_batch": 4, "seq_len": 64, "vocab": 300,
-        "tokens": dict.fromkeys(SOURCES, 20_000), "save_every": 4, "eval_every": 100, "log_every": 1,
-    }  # fmt: skip
+        "steps": midtrain._stages(4, 4, 4, 4),
+        "warmup": 2,
+        "batch": 8,
+        "micro_batch": 4,
+        "seq_len": 64,
+        "vocab": 300,
+        "tokens": dict.fromkeys(SOURCES, 20_000),
+        "save_every": 4,
+        "eval_every": 100,
+        "log_every": 1,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +101,9 @@ def assert_same_losses(a: Path, b: Path, tolerance: float = 1e-5) -> None:
     """Every metric of every step."""
     for one, other in zip(rows(a), rows(b), strict=True):
         apart = {key: abs(one[key] - other[key]) for key in one}
-        assert one.keys() == other.keys() and max(apart.values()) <= tolerance, f"{b}, step {one['step']}: {apart}"
+        assert one.keys() == other.keys() and max(apart.values()) <= tolerance, (
+            f"{b}, step {one['step']}: {apart}"
+        )
 
 
 def rows(stage_dir: Path) -> list[dict]:
@@ -132,7 +143,7 @@ def crash():
     raise RuntimeError("killed here")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Schedule
 
 
@@ -160,7 +171,7 @@ def test_only_matrices_decay():
     assert {p.ndim for p in decayed} == {2} and {p.ndim for p in rest} == {1}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stages
 
 
@@ -172,8 +183,10 @@ def test_a_branch_runs_what_it_stands_on(train, tmp_path, capsys):
         assert [row["step"] for row in rows(tmp_path / stage)] == list(range(1, steps + 1))
     first, last = rows(tmp_path / "long")[0], rows(tmp_path / "long")[-1]
     assert last["lr"] == pytest.approx(0.1 * first["lr"]) and last["val_loss"] > 0
-    assert math.isclose(last["val_loss"], sum(
-        w * last[f"val_loss/{k}"] for k, w in midtrain.recipes.STAGES["tiny"]["long"].items()))  # fmt: skip
+    assert math.isclose(
+        last["val_loss"],
+        sum(w * last[f"val_loss/{k}"] for k, w in midtrain.recipes.STAGES["tiny"]["long"].items()),
+    )
 
     train(tmp_path, "--branch", "short")
     said = capsys.readouterr().out
@@ -184,7 +197,9 @@ def test_a_branch_runs_what_it_stands_on(train, tmp_path, capsys):
 
 
 def test_data_is_generated_when_none_is_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "base", "--steps", "1", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["midtrain.py", "--branch", "base", "--steps", "1", "--out", str(tmp_path)]
+    )
     midtrain.main()
     assert (tmp_path / "data/index.json").exists() and len(rows(tmp_path / "base")) == 1
 
@@ -198,7 +213,8 @@ def test_init_takes_the_place_of_base(train, tmp_path):
 
 
 def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
-    """From bf16 files in several parts, into one process and into two ranks: the same first losses; no whole second copy."""
+    """From bf16 files in several parts, into one process and into two ranks: the same first losses; no whole
+    second copy."""
     from safetensors.torch import load_file, save_file
 
     start = tmp_path / "init"
@@ -206,13 +222,17 @@ def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
     weights = load_file(start / "model.safetensors")
     (start / "model.safetensors").unlink()
     for i in range(3):
-        save_file({k: weights[k] for k in sorted(weights)[i::3]}, start / f"model-0000{i + 1}-of-00003.safetensors")
+        save_file(
+            {k: weights[k] for k in sorted(weights)[i::3]}, start / f"model-0000{i + 1}-of-00003.safetensors"
+        )
     monkeypatch.setattr(Llama, "from_pretrained", lambda *args: pytest.fail("a whole copy"))
     command = ("--branch", "stable", "--init", str(start), "--steps", "4")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         at_step(patch, 1, crash)
         patch.setattr(
-            midtrain, "make_optimizer", lambda model, lr: seen.append(model) or torch.optim.AdamW(model.parameters())
+            midtrain,
+            "make_optimizer",
+            lambda model, lr: seen.append(model) or torch.optim.AdamW(model.parameters()),
         )
         seen = []
         train(tmp_path / "a", *command)
@@ -222,7 +242,15 @@ def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
     flags = ("--out", tmp_path / "b", "--data", shards, "--dtype", "fp32", *command)
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", driver, *flags)
+    launch = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        driver,
+        *flags,
+    )
     done = subprocess.run(
         launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
@@ -232,7 +260,8 @@ def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
 
 
 def test_a_paper_preset_takes_the_shape_of_init(train, tmp_path, capsys):
-    """A Qwen with a padded vocabulary under the schedule of 1b, and a branch that stands on what came of it."""
+    """A Qwen with a padded vocabulary under the schedule of 1b, and a branch that stands on what came of
+    it."""
     midtrain.RUNS["1b"] = midtrain.RUNS["tiny"] | {"steps": midtrain._stages(None, 3, 3, 3)}
     qwen = LlamaConfig(320, 3, 32, 4, 2, 8, 48, qkv_bias=True)
     Llama(qwen).init_weights(0).save_pretrained(str(tmp_path / "qwen"))
@@ -249,7 +278,7 @@ def test_a_paper_preset_takes_the_shape_of_init(train, tmp_path, capsys):
         train(tmp_path / "c", "--preset", "1b", "--branch", "stable", "--init", str(tmp_path / "short_vocab"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Resuming
 
 
@@ -282,7 +311,9 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, name
 
 def test_a_signal_in_the_last_evaluation_is_not_forgotten(train, tmp_path, monkeypatch):
     real = midtrain.validate
-    monkeypatch.setattr(midtrain, "validate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args))
+    monkeypatch.setattr(
+        midtrain, "validate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args)
+    )
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, "--branch", "stable")
     assert stop.value.code == 130
@@ -333,9 +364,11 @@ def children(pid: int) -> list[int]:
 
 
 def kill_at(kind: str, process: subprocess.Popen, out: Path, rng: random.Random) -> bool:
-    """SIGKILL at a random moment, while data is prepared, or inside a checkpoint; False if the run ended before that.
+    """SIGKILL at a random moment, while data is prepared, or inside a checkpoint; False if the run ended
+    before that.
 
-    "all" kills torchrun and its ranks, "one rank" a rank, "launcher" torchrun alone: what it leaves behind must end too.
+    "all" kills torchrun and its ranks, "one rank" a rank, "launcher" torchrun alone: what it leaves behind
+    must end too.
     """
     deadline, started, wait = time.monotonic() + 60, time.time(), rng.uniform(0, 1.5)
 
@@ -359,7 +392,9 @@ def kill_at(kind: str, process: subprocess.Popen, out: Path, rng: random.Random)
     ranks = children(process.pid)
     if kind == "one rank":
         ranks = [rng.choice(ranks)] if ranks else []
-    for pid in [*ranks] if kind == "one rank" else [process.pid] if kind == "launcher" else [process.pid, *ranks]:
+    for pid in (
+        [*ranks] if kind == "one rank" else [process.pid] if kind == "launcher" else [process.pid, *ranks]
+    ):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(60)  # after the death of a rank torchrun must notice, and end the other one
@@ -367,7 +402,8 @@ def kill_at(kind: str, process: subprocess.Popen, out: Path, rng: random.Random)
 
 
 def survive(folder: Path, kinds: list[str], ranks: int, steps: int, seed: int = 0) -> int:
-    """Start the same command again after each kill, then compare with a run that nobody killed. → kills that struck."""
+    """Start the same command again after each kill, then compare with a run that nobody killed. → kills that
+    struck."""
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -377,7 +413,9 @@ def survive(folder: Path, kinds: list[str], ranks: int, steps: int, seed: int = 
 
     def start(out: Path, **kwargs) -> subprocess.Popen:
         command = [str(word) for word in (*program, *flags, "--out", out)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True, **kwargs)
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True, **kwargs
+        )
 
     for kind in kinds:
         struck += kill_at(kind, start(folder / "killed", stderr=subprocess.DEVNULL), folder / "killed", rng)
@@ -394,7 +432,9 @@ def survive(folder: Path, kinds: list[str], ranks: int, steps: int, seed: int = 
     [(1, ["in preparation", "in a checkpoint", "all"]), (2, ["one rank", "in a checkpoint", "launcher"])],
 )
 def test_killed_and_started_again_is_a_run_that_nobody_killed(tmp_path, ranks, kinds):
-    assert survive(tmp_path, kinds, ranks, steps=120) == len(kinds), "the run was over before a kill: make it longer"
+    assert survive(tmp_path, kinds, ranks, steps=120) == len(kinds), (
+        "the run was over before a kill: make it longer"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut off", "one bit", "state", "meta.json"])
@@ -406,7 +446,9 @@ def test_a_damaged_checkpoint_is_passed_over(train, tmp_path, capsys, damage):
     if damage == "meta.json":
         (folder / "meta.json").write_text("{")
     else:
-        file = next((folder / "state").glob("*.distcp")) if damage == "state" else folder / "model.safetensors"
+        file = (
+            next((folder / "state").glob("*.distcp")) if damage == "state" else folder / "model.safetensors"
+        )
         data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 1  # the length stays
         file.write_bytes(data[:-1] if damage == "cut off" else data)
@@ -433,7 +475,8 @@ def test_the_order_of_a_mixtures_words_is_no_other_mixture(train, tmp_path):
 
 
 def test_init_with_a_vocabulary_of_its_own(train, tmp_path):
-    """Larger than the tokenizer's, for a preset whose vocabulary is otherwise the data's; the branch above it too."""
+    """Larger than the tokenizer's, for a preset whose vocabulary is otherwise the data's; the branch above it
+    too."""
     Llama(LlamaConfig(310, 2, 32, 4, 2, 8, 64)).init_weights(0).save_pretrained(str(tmp_path / "init"))
     train(tmp_path, "--branch", "stable", "--init", str(tmp_path / "init"))
     train(tmp_path, "--branch", "long")
@@ -448,7 +491,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoints(train, tmp_path, monkeypatch
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     def limit():
-        if fails == "state":  # no file may grow beyond this: Linux's way to meet a full disk without filling one
+        if (
+            fails == "state"
+        ):  # no file may grow beyond this: Linux's way to meet a full disk without filling one
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         else:
             monkeypatch.setattr(Llama, "save_pretrained", full)
@@ -522,7 +567,9 @@ def test_a_mixture_on_the_command_line(train, tmp_path):
 def test_a_controlled_run_stands_on_the_base_and_takes_a_mixture_by_name(train, tmp_path, capsys):
     with pytest.raises(ValueError, match="stage controlled needs --mix"):
         train(tmp_path, "--branch", "controlled")
-    with pytest.raises(ValueError, match=r"no mixture 'qa' for this data .valid: qa_short, qa_long, instruct_short"):
+    with pytest.raises(
+        ValueError, match=r"no mixture 'qa' for this data .valid: qa_short, qa_long, instruct_short"
+    ):
         train(tmp_path, "--branch", "controlled", "--mix", "qa")
     train(tmp_path, "--branch", "controlled", "--mix", "qa_30")
     settings = json.loads((tmp_path / "controlled/config.json").read_text())
@@ -536,7 +583,9 @@ def test_noisy_text_is_generated_for_a_mixture_that_has_it(tmp_path, monkeypatch
         command = ["midtrain.py", "--out", str(tmp_path), "--threads", "1", "--branch", *flags]
         monkeypatch.setattr(sys, "argv", command)
         midtrain.main()
-    assert (tmp_path / "data/noisy.train.bin").exists() and rows(tmp_path / "controlled")[-1]["loss/noisy"] > 0
+    assert (tmp_path / "data/noisy.train.bin").exists() and rows(tmp_path / "controlled")[-1][
+        "loss/noisy"
+    ] > 0
 
 
 def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
@@ -545,16 +594,21 @@ def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
     model = Llama.from_pretrained(path)
     optimizer = midtrain.make_optimizer(model, 7e-4, weight_decay=0.0, betas=(0.8, 0.9))
     midtrain.load_checkpoint(path, model, optimizer)
-    assert [(g["lr"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups] == [(7e-4, 0.0, (0.8, 0.9))] * 2
-    assert all(s["step"] == 4 and s["exp_avg_sq"].any() for s in optimizer.state.values()), "the moments are loaded"
+    assert [(g["lr"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups] == [
+        (7e-4, 0.0, (0.8, 0.9))
+    ] * 2
+    assert all(s["step"] == 4 and s["exp_avg_sq"].any() for s in optimizer.state.values()), (
+        "the moments are loaded"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ranks and micro-batches
 
 
 def test_any_number_of_ranks_goes_on_with_any_others_state(train, tmp_path, shards):
-    """One process; micro-batches that do not divide the batch; two ranks on a state of one; one and four on one of two."""
+    """One process; micro-batches that do not divide the batch; two ranks on a state of one; one and four on
+    one of two."""
     command = ("--branch", "stable", "--steps", "20", "--save-every", "10", "--data", shards)
     train(tmp_path / "one", "--branch", "base")
     for other in ("cut", "two"):
@@ -573,7 +627,8 @@ def test_any_number_of_ranks_goes_on_with_any_others_state(train, tmp_path, shar
 
 
 def test_ranks_times_accumulation_does_not_change_the_gradient(tmp_path, shards):
-    """1 x 8, 2 x 4 and 4 x 2 micro-batches of one row: the whole gradient of a step, parameter by parameter."""
+    """1 x 8, 2 x 4 and 4 x 2 micro-batches of one row: the whole gradient of a step, parameter by
+    parameter."""
     keep_gradients = f"""
 import torch
 real = torch.nn.utils.clip_grad_norm_
@@ -650,7 +705,8 @@ def test_compiled_and_recomputed_blocks_give_the_same_gradients(monkeypatch, com
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer():
-    """A model that knows nothing: log2(vocabulary) bits a token; and the bytes of the tokens counted by hand."""
+    """A model that knows nothing: log2(vocabulary) bits a token; and the bytes of the tokens counted by
+    hand."""
     from data import tokenizer
     from data.loader import Batch
 
@@ -666,10 +722,12 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
     row = midtrain.validate(model, loader, {"web": 1.0}, 1, midtrain.World(), sizes)
     counted = sum(len(tok.decode_bytes([t])) for t in targets[0].tolist() if t >= 0 and t != tok.eos_id)
     expected = math.log2(tok.vocab_size) * (len(ids) - 2) / counted
-    assert row["bits_per_byte"] == pytest.approx(expected) and row["bits_per_byte/web"] == pytest.approx(expected)
+    assert row["bits_per_byte"] == pytest.approx(expected) and row["bits_per_byte/web"] == pytest.approx(
+        expected
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -681,7 +739,10 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         ("--branch long --fast", "valid flags: --activation-checkpointing"),
         ("--branch long --batch 0", "--batch must be above 0, not 0"),
         ("--branch long --lr nan", "--lr must be above 0, not nan"),
-        ("--branch long --mix web=0.5,long_cot=0.4", "must be 0 or more and sum to 1, not 0.9: long_cot 0.4 + web 0.5"),
+        (
+            "--branch long --mix web=0.5,long_cot=0.4",
+            "must be 0 or more and sum to 1, not 0.9: long_cot 0.4 + web 0.5",
+        ),
         ("--branch long --mix web=0.5,web=0.5", "name a source twice"),
         ("--branch long --replicate 2 --data nowhere", "nowhere"),
         ("--branch long --mix web=", "write it as source=share,source=share"),
@@ -710,7 +771,11 @@ def test_another_shape_is_named(train, tmp_path, shards):
         train(tmp_path / "run", "--branch", "stable", "--init", str(tmp_path / "init"))
     Llama(LlamaConfig(300, 2, 32, 4, 2, 8, 64)).save_pretrained(str(tmp_path / "init"))
     tokens = (shards / "tokenizer.model").read_text().splitlines()
-    swapped = [*tokens[:-2], f"{tokens[-1].split()[0]} {len(tokens) - 2}", f"{tokens[-2].split()[0]} {len(tokens) - 1}"]
+    swapped = [
+        *tokens[:-2],
+        f"{tokens[-1].split()[0]} {len(tokens) - 2}",
+        f"{tokens[-2].split()[0]} {len(tokens) - 1}",
+    ]
     (tmp_path / "init/tokenizer.model").write_text("\n".join(swapped))
     with pytest.raises(ValueError, match="another tokenizer"):
         train(tmp_path / "run2", "--branch", "stable", "--init", str(tmp_path / "init"))
@@ -781,6 +846,8 @@ def test_a_plan_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 1 << 30))
     args = SimpleNamespace(batch=8, micro_batch=8, seq_len=64, replicate=1, activation_checkpointing=False)
     card = midtrain.World(device=torch.device("cuda"))
-    with pytest.raises(ValueError, match="a rank needs about .* GiB and has 0.0 .parameters .*--activation-checkpointing"):
+    with pytest.raises(
+        ValueError, match="a rank needs about .* GiB and has 0.0 .parameters .*--activation-checkpointing"
+    ):
         midtrain.check_memory(midtrain.PRESETS["tiny"], args, "bf16", card)
     midtrain.check_memory(midtrain.PRESETS["8b"], args, "bf16", midtrain.World())  # a CPU needs no plan

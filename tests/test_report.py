@@ -37,7 +37,9 @@ def test_stages(tmp_path, monkeypatch, capsys):
     assert table[-1] == "| short | 4 | 2,048 | 4.000 | 1.000 | 0.500 | 2.250 | web 75.0%, short_cot 25.0% |"
     assert (tmp_path / "midtrain.png").stat().st_size > 9000
     whole = (tmp_path / "short/metrics.jsonl").read_text()
-    (tmp_path / "short/metrics.jsonl").write_text(whole + '{"step": 5, "loss": null}\n{"step": 6, "lo')  # killed
+    (tmp_path / "short/metrics.jsonl").write_text(
+        whole + '{"step": 5, "loss": null}\n{"step": 6, "lo'
+    )  # killed
     (tmp_path / "stable/metrics.jsonl").write_text("")
     show(monkeypatch, tmp_path)
     table = (tmp_path / "midtrain.md").read_text()
@@ -50,7 +52,9 @@ def test_stages(tmp_path, monkeypatch, capsys):
 def test_rl(tmp_path, monkeypatch, capsys):
     for name, after, last in (("long", 0.5, 5), ("base", 0.1, 5), ("short", 0.9, 3)):  # short was interrupted
         ends = ((0, 0.1), (last, after))
-        rows = [{"step": s, "steps": 5, "eval_n": 100, "eval_accuracy": a, "eval_length": 50 + s} for s, a in ends]
+        rows = [
+            {"step": s, "steps": 5, "eval_n": 100, "eval_accuracy": a, "eval_length": 50 + s} for s, a in ends
+        ]
         write(tmp_path / f"rl-{name}", rows, {})
     show(monkeypatch, tmp_path)
     lines = capsys.readouterr().out.splitlines()
@@ -60,7 +64,9 @@ def test_rl(tmp_path, monkeypatch, capsys):
     assert not any("short" in line for line in lines)
     assert report.rl_rows(report.read_rl(tmp_path))[1]["after_low"] == pytest.approx(0.4038, abs=1e-3)
     show(monkeypatch, tmp_path, tmp_path)  # over seeds
-    assert "| long | 10.0% (10.0% to 10.0%) | 50.0% (50.0% to 50.0%) | +40.0 points" in capsys.readouterr().out
+    assert (
+        "| long | 10.0% (10.0% to 10.0%) | 50.0% (50.0% to 50.0%) | +40.0 points" in capsys.readouterr().out
+    )
     other = tmp_path / "other"
     other.mkdir()
     write(other / "rl-hybrid", [row | {"steps": row["step"] or 3} for row in rows], {})

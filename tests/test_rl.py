@@ -1,5 +1,5 @@
-"""rl.py: the gradient is the policy gradient, however the batch is cut; variants do what their formulas say; a bandit
-is learned; a run that is killed goes on as if it had not been."""
+"""rl.py: the gradient is the policy gradient, however the batch is cut; variants do what their formulas say;
+a bandit is learned; a run that is killed goes on as if it had not been."""
 
 import collections
 import itertools
@@ -35,11 +35,27 @@ MICRO = LlamaConfig(32, 1, 16, 2, 1, 8, 32, rope_theta=10_000.0, max_position=64
 def settings(**changes):
     """What the update and the rollout read of the command line."""
     args = {
-        "prompts_per_step": 4, "rollouts": 2, "updates": 1, "filter": "none", "refills": 4, "overlong": "keep",
-        "surrogate": "clip", "loss_agg": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "is_cap": 0.0,
-        "kl_coef": 0.0, "kl": "k3", "temperature": 1.0, "advantage": "group", "row_tokens": 24, "micro_tokens": 48,
-        "seed": 0, "stop": (),
-    }  # fmt: skip
+        "prompts_per_step": 4,
+        "rollouts": 2,
+        "updates": 1,
+        "filter": "none",
+        "refills": 4,
+        "overlong": "keep",
+        "surrogate": "clip",
+        "loss_agg": "token",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "dual_clip": 0.0,
+        "is_cap": 0.0,
+        "kl_coef": 0.0,
+        "kl": "k3",
+        "temperature": 1.0,
+        "advantage": "group",
+        "row_tokens": 24,
+        "micro_tokens": 48,
+        "seed": 0,
+        "stop": (),
+    }
     return SimpleNamespace(**(args | changes))
 
 
@@ -51,7 +67,7 @@ def gradient(loss, parameter):
     return torch.autograd.grad(loss, parameter, retain_graph=True)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Advantages
 
 
@@ -69,10 +85,14 @@ def test_advantages_by_hand():
 def test_advantages_at_the_edges(kind):
     equal = torch.tensor([[0.1, 0.1, 0.1], [-1.0, -1, -1], [1e6, 1e6, 1e6], [1 / 3, 1 / 3, 1 / 3]])
     assert rl.advantages(equal, kind).eq(0).all() and not rl.has_signal(equal).any()
-    assert rl.advantages(torch.tensor([[5.0]]), kind).eq(0).all(), "a group of one has nothing to compare with"
+    assert rl.advantages(torch.tensor([[5.0]]), kind).eq(0).all(), (
+        "a group of one has nothing to compare with"
+    )
     unscored = torch.tensor([[1.0, -1, float("nan"), -1]])
     assert rl.advantages(unscored, kind)[0, 2] == 0
-    torch.testing.assert_close(rl.advantages(unscored, kind)[:, [0, 1, 3]], rl.advantages(unscored[:, [0, 1, 3]], kind))
+    torch.testing.assert_close(
+        rl.advantages(unscored, kind)[:, [0, 1, 3]], rl.advantages(unscored[:, [0, 1, 3]], kind)
+    )
     assert rl.advantages(torch.full((1, 3), float("nan")), kind).eq(0).all()
     large = rl.advantages(torch.tensor([[1e6, 1e6 + 2]]), kind)
     torch.testing.assert_close(large, rl.advantages(torch.tensor([[0.0, 2]]), kind))
@@ -84,19 +104,22 @@ def test_unknown_variants_are_named():
         rl.advantages(x, "std")
     with pytest.raises(ValueError, match="valid: token, sequence, constant"):
         grpo_loss(x, x, x[0], x + 1, loss_agg="mean")
-    assert grpo_loss(x, x, x[0], x + 1, loss_agg="constant")[0].isnan(), "the length cap is not there to be guessed"
+    assert grpo_loss(x, x, x[0], x + 1, loss_agg="constant")[0].isnan(), (
+        "the length cap is not there to be guessed"
+    )
     with pytest.raises(ValueError, match="valid: clip, gspo, cispo"):
         grpo_loss(x, x, x[0], x + 1, surrogate="ppo")
     with pytest.raises(ValueError, match="valid: k1, k2, k3"):
         rl.kl_estimate(x, x, "k4")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss: is its gradient the policy gradient?
 
 
 def enumerate_policy(seed):
-    """A policy over the 125 sequences of 3 tokens of 5 → (its logits by prefix, logp (125, 3), the sequences)."""
+    """A policy over the 125 sequences of 3 tokens of 5 → (its logits by prefix, logp (125, 3), the
+    sequences)."""
     torch.manual_seed(seed)
     tables = [torch.randn(*[5] * t, dtype=torch.float64, requires_grad=True) for t in (1, 2, 3)]
     y = torch.tensor(list(itertools.product(range(5), repeat=3)))
@@ -105,7 +128,8 @@ def enumerate_policy(seed):
 
 
 def test_gradient_is_the_policy_gradient():
-    """All sequences as one group, each as often as it is likely: the surrogate's gradient is that of E[reward]."""
+    """All sequences as one group, each as often as it is likely: the surrogate's gradient is that of
+    E[reward]."""
     tables, logp, y = enumerate_policy(0)
     reward = torch.where(y.sum(1) % 3 == 0, 1.0, -1.0).double()
     p = logp.sum(1).exp()
@@ -115,23 +139,35 @@ def test_gradient_is_the_policy_gradient():
     length = 1 + y[:, 0] % 3  # for the biased variant below: lengths that differ
     mask = torch.ones_like(logp)
 
-    def surrogate(A, mask, **how):  # the weight p stands for how often a sequence is drawn: it multiplies its advantage
+    def surrogate(
+        A, mask, **how
+    ):  # the weight p stands for how often a sequence is drawn: it multiplies its advantage
         loss, _ = grpo_loss(logp, logp.detach(), p * A, mask, **how)
         return torch.autograd.grad(-loss, tables, retain_graph=True)
 
     for ours, truth in zip(surrogate(A, mask, loss_agg="constant", denominator=1.0), exact):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-13)
     biased = surrogate(A, (torch.arange(3) < length[:, None]).double(), loss_agg="sequence", denominator=1.0)
-    assert not torch.allclose(biased[0], exact[0], rtol=1e-2), "1/|o| is not the gradient of the expected reward"
+    assert not torch.allclose(biased[0], exact[0], rtol=1e-2), (
+        "1/|o| is not the gradient of the expected reward"
+    )
     std = (p * A.square()).sum().sqrt()
-    assert not torch.allclose(surrogate(A / std, mask, loss_agg="constant", denominator=1.0)[0], exact[0], rtol=1e-3)
+    assert not torch.allclose(
+        surrogate(A / std, mask, loss_agg="constant", denominator=1.0)[0], exact[0], rtol=1e-3
+    )
 
 
 def test_gradient_at_and_off_the_policy():
     old = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], dtype=torch.float64)
     mask, A = torch.ones_like(old), torch.tensor([2.0, -1.5], dtype=torch.float64)
-    hows = ({}, {"dual_clip": 3.0}, {"clip_high": 0.28}, {"is_cap": 2.0, "sampler_logp": old}, {"surrogate": "gspo"},
-            {"surrogate": "cispo"})  # fmt: skip
+    hows = (
+        {},
+        {"dual_clip": 3.0},
+        {"clip_high": 0.28},
+        {"is_cap": 2.0, "sampler_logp": old},
+        {"surrogate": "gspo"},
+        {"surrogate": "cispo"},
+    )
     for how in hows:
         logp = old.clone().requires_grad_()
         grad = gradient(grpo_loss(logp, old, A, mask, denominator=1.0, **how)[0], logp)
@@ -145,7 +181,9 @@ def test_gradient_at_and_off_the_policy():
     assert off(1.3, 1.0)[1] == 0 and off(1.3, 1.0)[2]["clip_high"] == 1
     assert off(0.7, -1.0)[1] == 0 and off(0.7, -1.0)[2]["clip_low"] == 1
     assert off(1.25, 1.0)[1] == 0 and off(1.25, 1.0, clip_high=0.28)[1] == pytest.approx(-1.25)
-    assert off(0.7, 1.0)[1] == pytest.approx(-0.7), "a good token that has become rarer still gets its gradient"
+    assert off(0.7, 1.0)[1] == pytest.approx(-0.7), (
+        "a good token that has become rarer still gets its gradient"
+    )
     assert off(5.0, -1.5)[:2] == pytest.approx((7.5, 7.5)) and off(5.0, -1.5, dual_clip=3.0)[:2] == (4.5, 0)
     assert off(1.3, 1.0, surrogate="cispo")[1] == pytest.approx(-1.2), "cut, but not to nothing"
     assert off(0.7, -1.0, surrogate="cispo")[1] == pytest.approx(0.7)
@@ -169,7 +207,8 @@ def test_gspo_by_hand():
 
 
 def test_importance_weights_correct_another_sampler():
-    """Answers drawn from mu, not from pi: with weights the expected gradient is the exact one, without it is not."""
+    """Answers drawn from mu, not from pi: with weights the expected gradient is the exact one, without it is
+    not."""
     tables, logp, y = enumerate_policy(0)
     mu = enumerate_policy(5)[1].sum(1).detach()
     reward, whole = torch.where(y.sum(1) % 3 == 0, 1.0, -1.0).double(), logp.sum(1)
@@ -195,7 +234,8 @@ def test_soft_overlong_punishment():
 
 
 def test_golden_table():
-    """Two groups of three, lengths 1, 4, 7: on the policy the loss is -sum of A over tokens, by each aggregation."""
+    """Two groups of three, lengths 1, 4, 7: on the policy the loss is -sum of A over tokens, by each
+    aggregation."""
     lengths = torch.tensor([1, 4, 7, 7, 4, 1])
     mask = (torch.arange(7) < lengths[:, None]).double()
     A = torch.tensor([3.0, -1, -2, 1, 1, -2], dtype=torch.float64)
@@ -212,17 +252,22 @@ def test_golden_table():
         how = {"loss_agg": agg, "denominator": totals[agg]}
         assert run(**how).item() == pytest.approx(value, abs=1e-12)
         if agg != "constant":
-            assert run(loss_agg=agg).item() == pytest.approx(value, abs=1e-12), "by default this is the whole batch"
+            assert run(loss_agg=agg).item() == pytest.approx(value, abs=1e-12), (
+                "by default this is the whole batch"
+            )
         whole = gradient(run(**how), logp)
         for size in (1, 2, 3):
             parts = sum(gradient(run(slice(i, i + size), **how), logp) for i in range(0, 6, size))
             torch.testing.assert_close(parts, whole, rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradient(run([5, 3, 1, 0, 2, 4], width=11, **how), logp), whole, rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            gradient(run([5, 3, 1, 0, 2, 4], width=11, **how), logp), whole, rtol=1e-12, atol=0
+        )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kl_estimates(seed):
-    """Over all sequences k1 and k3 have the KL's value, k2 its gradient, k1 none; a step down reduces the KL."""
+    """Over all sequences k1 and k3 have the KL's value, k2 its gradient, k1 none; a step down reduces the
+    KL."""
     tables, logp, _ = enumerate_policy(seed)
     ref = enumerate_policy(seed + 10)[1].sum(1).detach()
     whole = logp.sum(1)  # each sequence as one token: log p(y)
@@ -231,7 +276,9 @@ def test_kl_estimates(seed):
     truth = torch.autograd.grad(exact, tables, retain_graph=True)
     weight = p.detach()
     value = {k: (weight * rl.kl_estimate(whole, ref, k)).sum() for k in ("k1", "k2", "k3")}
-    assert value["k1"].item() == pytest.approx(exact.item()) and value["k3"].item() == pytest.approx(exact.item())
+    assert value["k1"].item() == pytest.approx(exact.item()) and value["k3"].item() == pytest.approx(
+        exact.item()
+    )
     grads = {k: torch.autograd.grad(v, tables, retain_graph=True) for k, v in value.items()}
     torch.testing.assert_close(grads["k2"], truth)
     assert all(g.abs().max() < 1e-12 for g in grads["k1"])
@@ -239,7 +286,14 @@ def test_kl_estimates(seed):
     zero = torch.zeros(len(whole), dtype=torch.float64)
     column, ref_column = whole[:, None], ref[:, None]
     loss, _ = grpo_loss(
-        column, column.detach(), zero, weight[:, None], denominator=1.0, kl_coef=1.0, kl="k2", ref_logp=ref_column
+        column,
+        column.detach(),
+        zero,
+        weight[:, None],
+        denominator=1.0,
+        kl_coef=1.0,
+        kl="k2",
+        ref_logp=ref_column,
     )
     step = torch.autograd.grad(loss, tables)
     with torch.no_grad():
@@ -251,7 +305,7 @@ def test_kl_estimates(seed):
     assert (after.exp() * (after - ref)).sum() < exact
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The update: a packed batch on a model, in any number of pieces
 
 
@@ -265,7 +319,9 @@ def some_samples(groups=4, seed=0, signal=lambda g: True):
             tokens = [rng.randrange(32) for _ in range(rng.randint(1, 12))]
             advantage, reward = (sign * (g + 1), sign) if signal(g) else (0.0, -1.0)
             logprobs = [-3.0] * len(tokens)
-            samples.append(rl.Sample(g, prompt, tokens, logprobs, "", True, reward > 0, reward, advantage, signal(g)))
+            samples.append(
+                rl.Sample(g, prompt, tokens, logprobs, "", True, reward > 0, reward, advantage, signal(g))
+            )
     return samples
 
 
@@ -288,7 +344,8 @@ def whole_weights(model):
 
 
 def test_equals_supervised_learning():
-    """With advantage 1 the gradient is that of cross-entropy on the same tokens, each sequence computed by itself."""
+    """With advantage 1 the gradient is that of cross-entropy on the same tokens, each sequence computed by
+    itself."""
     samples = [replace(s, advantage=1.0) for s in some_samples()]
     args, model = settings(loss_agg="constant"), micro_model()
     _, ours = change(samples, args)
@@ -303,7 +360,8 @@ def test_equals_supervised_learning():
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_a_shared_prompt_is_the_prompt_of_each(kl_coef, monkeypatch):
-    """A group's prompt once in a row or before each answer: the same log-probabilities and the same gradient."""
+    """A group's prompt once in a row or before each answer: the same log-probabilities and the same
+    gradient."""
     samples = some_samples() + [replace(s, group=4, prompt=[7] * 9) for s in some_samples(seed=3)[:5]]
     args, model, found = settings(row_tokens=30, micro_tokens=60, kl_coef=kl_coef), micro_model(), {}
     for share in (True, False):
@@ -312,10 +370,14 @@ def test_a_shared_prompt_is_the_prompt_of_each(kl_coef, monkeypatch):
         assert len(batches) > 2 and sum(b.mask.sum() for b in batches) == sum(len(s.tokens) for s in samples)
         logps = [rl.log_probs(model, b, 0.7) for b in batches]
         by_advantage = [
-            (a, lp[: int(m.sum())]) for b, x in zip(batches, logps) for a, m, lp in zip(b.advantages, b.mask, x)
+            (a, lp[: int(m.sum())])
+            for b, x in zip(batches, logps)
+            for a, m, lp in zip(b.advantages, b.mask, x)
         ]
-        loss = sum(grpo_loss(x, x.detach(), b.advantages, b.mask, loss_agg="constant", denominator=9.0)[0]
-                   for b, x in zip(batches, logps))  # fmt: skip
+        loss = sum(
+            grpo_loss(x, x.detach(), b.advantages, b.mask, loss_agg="constant", denominator=9.0)[0]
+            for b, x in zip(batches, logps)
+        )
         grads = torch.autograd.grad(loss, list(model.parameters()))
         order = sorted(by_advantage, key=lambda pair: (len(pair[1]), pair[0].item(), pair[1].sum().item()))
         found[share] = (torch.cat([x for _, x in order]), torch.cat([g.flatten() for g in grads]))
@@ -336,8 +398,11 @@ def test_micro_batches_do_not_matter(agg):
 
 
 def test_denominators_count_what_is_documented():
-    """Groups without signal count unless dropped; truncated answers count unless masked. Both have gradient 0."""
-    samples = [replace(s, advantage=0.1 * s.advantage) for s in some_samples(signal=lambda g: g != 2)]  # below the clip
+    """Groups without signal count unless dropped; truncated answers count unless masked. Both have gradient
+    0."""
+    samples = [
+        replace(s, advantage=0.1 * s.advantage) for s in some_samples(signal=lambda g: g != 2)
+    ]  # below the clip
     samples[0].stopped = False
     n = sum(len(s.tokens) for s in samples)
     silent = sum(len(s.tokens) for s in samples if not s.signal)
@@ -399,7 +464,8 @@ def on_two_ranks(*arguments):
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, *arguments], env={**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r)}
+            [sys.executable, __file__, *arguments],
+            env={**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r)},
         )
         for r in (0, 1)
     ]
@@ -425,7 +491,7 @@ def ranks_program(path):
         torch.save(found, path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rollouts
 
 
@@ -434,10 +500,14 @@ def test_sampler_and_trainer_agree(temperature):
     model, rng = micro_model(), random.Random(0)
     for p in model.parameters():
         p.data *= 3.0  # far from uniform
-    asked = [{"tokens": [rng.randrange(32) for _ in range(rng.randint(1, 9))], "answer": "1"} for _ in range(6)]
+    asked = [
+        {"tokens": [rng.randrange(32) for _ in range(rng.randint(1, 9))], "answer": "1"} for _ in range(6)
+    ]
     args = settings(stop=(5, 6))
     samples = rl.rollout(Sampler(model, None, slots=5), asked, 4, 20, temperature, 0, args, ALONE)
-    assert {s.stopped for s in samples} == {True, False} and all(s.tokens[-1] in (5, 6) for s in samples if s.stopped)
+    assert {s.stopped for s in samples} == {True, False} and all(
+        s.tokens[-1] in (5, 6) for s in samples if s.stopped
+    )
     for b in rl.micro_batches(samples, args, ALONE):
         gap = (rl.log_probs(model, b, temperature) - b.sampler_logp) * b.mask
         assert gap.abs().max() <= 1e-4 and b.mask.sum() == (b.targets >= 0).sum()
@@ -464,15 +534,22 @@ def test_stair():
             rl.parse_schedule(wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Learning
 
 
 def bandit(twist, steps=80):
-    """Prompt token i is rewarded for the answer (i + 7) % 32: mean probability of the right answers after training."""
+    """Prompt token i is rewarded for the answer (i + 7) % 32: mean probability of the right answers after
+    training."""
     model, contexts = micro_model(), [[i] for i in range(4)]
-    sampler, optimizer = Sampler(model, None, slots=64), midtrain.make_optimizer(model, 0.02, weight_decay=0.0)
-    generator, args = torch.Generator().manual_seed(0), settings(prompts_per_step=4, micro_tokens=4096, row_tokens=64)
+    sampler, optimizer = (
+        Sampler(model, None, slots=64),
+        midtrain.make_optimizer(model, 0.02, weight_decay=0.0),
+    )
+    generator, args = (
+        torch.Generator().manual_seed(0),
+        settings(prompts_per_step=4, micro_tokens=4096, row_tokens=64),
+    )
     right = torch.tensor([[(i + 7) % 32] for i in range(4)])
     for step in range(steps):
         ids = [4 * step + i for i in range(4)]
@@ -482,7 +559,16 @@ def bandit(twist, steps=80):
         A, signal = twist(rl.advantages(rewards), generator), rl.has_signal(rewards)
         samples = [
             rl.Sample(
-                i, contexts[i], c.tokens, c.logprobs, "", True, r.item() > 0, r.item(), a.item(), signal[i].item()
+                i,
+                contexts[i],
+                c.tokens,
+                c.logprobs,
+                "",
+                True,
+                r.item() > 0,
+                r.item(),
+                a.item(),
+                signal[i].item(),
             )
             for i, group in enumerate(answers)
             for c, r, a in zip(group, rewards[i], A[i])
@@ -496,11 +582,14 @@ def test_a_bandit_is_learned():
     assert bandit(lambda A, _: A, steps=0) < 0.1, "the first weights know nothing: 1 / 32, give or take"
     assert bandit(lambda A, _: A) > 0.99
     assert bandit(lambda A, _: -A) < 0.01, "the wrong sign unlearns"
-    assert bandit(lambda A, g: A.flatten()[torch.randperm(A.numel(), generator=g)].view_as(A)) < 0.3, "shuffled"
+    assert bandit(lambda A, g: A.flatten()[torch.randperm(A.numel(), generator=g)].view_as(A)) < 0.3, (
+        "shuffled"
+    )
 
 
 def test_the_known_optimum_under_a_kl_penalty():
-    """Reward r, reference p, coefficient beta: the policy becomes p exp(r / beta), normalised. k1 as a loss does not pull."""
+    """Reward r, reference p, coefficient beta: the policy becomes p exp(r / beta), normalised. k1 as a loss
+    does not pull."""
     generator = torch.Generator().manual_seed(0)
     ref = torch.randn(8, generator=generator).log_softmax(0)
     reward, beta = torch.rand(8, generator=generator), 0.5
@@ -513,7 +602,13 @@ def test_the_known_optimum_under_a_kl_penalty():
             logp = theta.log_softmax(0)[drawn][:, None]
             A = rl.advantages(reward[drawn][None], "mean")[0]
             loss, _ = grpo_loss(
-                logp, logp.detach(), A, torch.ones_like(logp), kl_coef=coef, kl=kl, ref_logp=ref[drawn][:, None]
+                logp,
+                logp.detach(),
+                A,
+                torch.ones_like(logp),
+                kl_coef=coef,
+                kl=kl,
+                ref_logp=ref[drawn][:, None],
             )
             with torch.no_grad():
                 theta -= 2.0 * (1 - step / steps) * gradient(loss, theta)
@@ -529,7 +624,8 @@ STOP = 10
 
 
 def add(model, pairs, n, seed):
-    """n answers to each "a + b = ?" at temperature 1: digits, then STOP → (completions, share right of each problem)."""
+    """n answers to each "a + b = ?" at temperature 1: digits, then STOP → (completions, share right of each
+    problem)."""
     asked = [[11 + a, 21 + b] for a, b in pairs]
     made = Sampler(model, None, slots=128).generate(asked, n=n, max_new_tokens=4, seed=seed, stop=(STOP,))
     right = [[c.tokens == [*map(int, str(a + b)), STOP] for c in group] for (a, b), group in zip(pairs, made)]
@@ -555,7 +651,10 @@ def warm_start():
 
 def practise(model, pairs, steps, twist=lambda A, g: A):
     """GRPO on these sums: 8 of them a step, 16 answers to each."""
-    optimizer, generator = midtrain.make_optimizer(model, 3e-3, weight_decay=0.0), torch.Generator().manual_seed(0)
+    optimizer, generator = (
+        midtrain.make_optimizer(model, 3e-3, weight_decay=0.0),
+        torch.Generator().manual_seed(0),
+    )
     args = settings(prompts_per_step=8, row_tokens=128, micro_tokens=4096)
     for step in range(steps):
         chosen = [pairs[i] for i in rl.prompt_order(len(pairs), 8, step, 0)]
@@ -571,7 +670,8 @@ def practise(model, pairs, steps, twist=lambda A, g: A):
 
 
 def test_the_perfectible_set_is_perfected():
-    """Sums solved 20 to 80 % of the time come to be solved always, the stop token included; controls do not get there."""
+    """Sums solved 20 to 80 % of the time come to be solved always, the stop token included; controls do not
+    get there."""
     every = [(a, b) for a in range(10) for b in range(10)]
     share = add(warm_start(), every, 64, seed=1)[2].mean(1)
     pairs = [pair for pair, p in zip(every, share) if 0.2 <= p <= 0.8]
@@ -586,13 +686,13 @@ def test_the_perfectible_set_is_perfected():
     share, length = after(250)
     assert share > 0.97
     assert length == pytest.approx(sum(len(str(a + b)) + 1 for a, b in pairs) / len(pairs), abs=0.05)
-    assert after(60, twist=lambda A, g: A.flatten()[torch.randperm(A.numel(), generator=g)].view_as(A))[0] < 0.7, (
-        "as it should be, 87 %"
-    )
+    assert (
+        after(60, twist=lambda A, g: A.flatten()[torch.randperm(A.numel(), generator=g)].view_as(A))[0] < 0.7
+    ), "as it should be, 87 %"
     assert after(60, twist=lambda A, g: -A)[0] < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The program: kill it at any moment, start it again
 
 
@@ -612,10 +712,37 @@ def checkpoint(tmp_path_factory):
 
 def command(checkpoint, out, *more):
     return [
-        "rl.py", "--ckpt", checkpoint, "--out", str(out), "--steps", "6", "--prompts-per-step", "4", "--rollouts", "4",
-        "--length-schedule", "0:8,3:12", "--eval-problems", "12", "--eval-subset", "8", "--eval-every", "2",
-        "--save-every", "2", "--dtype", "fp32", "--lr", "1e-2", "--threads", "1", "--updates", "2", *more,
-    ]  # fmt: skip
+        "rl.py",
+        "--ckpt",
+        checkpoint,
+        "--out",
+        str(out),
+        "--steps",
+        "6",
+        "--prompts-per-step",
+        "4",
+        "--rollouts",
+        "4",
+        "--length-schedule",
+        "0:8,3:12",
+        "--eval-problems",
+        "12",
+        "--eval-subset",
+        "8",
+        "--eval-every",
+        "2",
+        "--save-every",
+        "2",
+        "--dtype",
+        "fp32",
+        "--lr",
+        "1e-2",
+        "--threads",
+        "1",
+        "--updates",
+        "2",
+        *more,
+    ]
 
 
 def run(monkeypatch, argv, reward=odd_reward):
@@ -661,7 +788,8 @@ class Crash(Exception):
 
 @pytest.mark.parametrize("where", ["rollout", "update", "evaluation", "save"])
 def test_resume_after_a_crash(where, checkpoint, uninterrupted, tmp_path, monkeypatch):
-    """In the middle of step 4's rollout; between its two updates; in the evaluation after step 4; in the second save."""
+    """In the middle of step 4's rollout; between its two updates; in the evaluation after step 4; in the
+    second save."""
     calls = itertools.count(1)
     limit = {"rollout": 12 + 2 * 16 + 8 + 16 + 7, "evaluation": 12 + 2 * 16 + 8 + 2 * 16 + 3}.get(where)
 
@@ -697,7 +825,8 @@ DAPO = ("--filter", "refill", "--overlong", "punish", "--clip-high", "0.28")
 
 
 def test_dapo_asks_until_all_groups_have_a_signal(checkpoint, tmp_path, monkeypatch):
-    """Answers to a third of the problems are all wrong: others are asked. Killed in a refill, it goes on the same."""
+    """Answers to a third of the problems are all wrong: others are asked. Killed in a refill, it goes on the
+    same."""
 
     def reward(response, gold):
         return odd_reward(response, gold) if int(gold) % 3 else -1.0
@@ -707,10 +836,19 @@ def test_dapo_asks_until_all_groups_have_a_signal(checkpoint, tmp_path, monkeypa
     asked = [row["problems"] for row in rows[1:]]
     assert all(n % 4 == 0 for n in asked) and 4 < max(asked) <= 20
     assert [len(text.splitlines()) for text in texts.values()] == [4 * n for n in asked]
-    assert any(json.loads(line)["reward"] not in (1, -1) for text in texts.values() for line in text.splitlines())
+    assert any(
+        json.loads(line)["reward"] not in (1, -1) for text in texts.values() for line in text.splitlines()
+    )
     for row, text in zip(rows[1:], texts.values()):
-        groups = [[json.loads(line) for line in text.splitlines()[i : i + 4]] for i in range(0, 4 * row["problems"], 4)]
-        signal = [g for g in groups if len({odd_reward(a["response"], 0) if int(a["gold"]) % 3 else -1 for a in g}) > 1]
+        groups = [
+            [json.loads(line) for line in text.splitlines()[i : i + 4]]
+            for i in range(0, 4 * row["problems"], 4)
+        ]
+        signal = [
+            g
+            for g in groups
+            if len({odd_reward(a["response"], 0) if int(a["gold"]) % 3 else -1 for a in g}) > 1
+        ]
         assert row["trained_tokens"] == sum(answer["tokens"] for group in signal[:4] for answer in group)
         assert len(signal) >= 4 or row["problems"] == 20
 
@@ -747,7 +885,8 @@ def test_a_reward_that_is_no_number(value, checkpoint, tmp_path, monkeypatch):
 
 
 def test_prompts_of_the_hub_and_benchmarks_beside_training(tmp_path):
-    """A data set in the hub's format, here a local folder; a benchmark by name from the folder of the files."""
+    """A data set in the hub's format, here a local folder; a benchmark by name from the folder of the
+    files."""
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -755,22 +894,26 @@ def test_prompts_of_the_hub_and_benchmarks_beside_training(tmp_path):
     (tmp_path / "other").mkdir()
     rows = [{"question": f"{i} + 1?", "answer": f"It is {i}, and one.\n#### {i + 1}"} for i in range(5)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set/train-0.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist([{"text": "no problem"}]), tmp_path / "other/train-0.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": "no problem"}]), tmp_path / "other/train-0.parquet"
+    )
     found = benchmarks.load_problems(f"hub:{tmp_path / 'set'}")
     assert found[4] == {"problem": "4 + 1?", "answer": "5"} and len(found) == 5
     with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
         benchmarks.load_problems(f"hub:{tmp_path / 'other'}")
-    args = settings(prompts=None, eval="math500", data=str(tmp_path), eval_problems=9, template="simple", max_prompt=99)
+    args = settings(
+        prompts=None, eval="math500", data=str(tmp_path), eval_problems=9, template="simple", max_prompt=99
+    )
     words = tokenizer.train(["Question: Answer: 1 + 2?"], 260)
     with pytest.raises(FileNotFoundError, match="eval/math500.jsonl"):
-        rl.load_problems(args, words)
+        rl.read_problems(args, words)
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval/math500.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
     args.max_prompt = 9999
-    assert rl.load_problems(args, words)[1][0]["answer"] == "2"
+    assert rl.read_problems(args, words)[1][0]["answer"] == "2"
     args.eval = "math501"
     with pytest.raises(FileNotFoundError, match="math501: no such file"):
-        rl.load_problems(args, words)
+        rl.read_problems(args, words)
 
 
 def test_the_longest_prompt_is_named(checkpoint, tmp_path, monkeypatch, capsys):
@@ -818,7 +961,10 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         (["--ckpt", "{ckpt}", "--prompts-per-step", "3", "--updates", "2"], "does not split"),
         (["--ckpt", "{ckpt}", "--length-schedule", "10:5"], "begin at 0"),
         (["--ckpt", "{ckpt}", "--dual-clip", "0.5"], "give 3, or 0"),
-        (["--ckpt", "{ckpt}", "--dual-clip", "3", "--surrogate", "cispo"], "does nothing with --surrogate cispo"),
+        (
+            ["--ckpt", "{ckpt}", "--dual-clip", "3", "--surrogate", "cispo"],
+            "does nothing with --surrogate cispo",
+        ),
         (["--ckpt", "{ckpt}", "--max-prompt", "2"], "no prompt is within --max-prompt 2"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/none.jsonl"], "none.jsonl"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/empty.jsonl"], "holds no problem"),
