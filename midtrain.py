@@ -106,9 +106,8 @@ def _stages(base, stable, decay, controlled) -> dict:
 
 
 def _paper(lr: float, micro_batch: int, controlled_lr: float) -> dict:
-    """The paper, section 4: 512 x 8,192 tokens per step, 50,000 stable steps (210B), 5,000 per branch (21B),
-    no warm-up. Its controlled runs (section 3): 20B tokens, only of the 3B model; the other two rates are
-    ours."""
+    """The paper, section 4: 512 x 8,192 tokens per step, 50,000 stable steps (210B), 5,000 per branch (21B).
+    Its controlled runs (section 3): 20B tokens, only of the 3B model; the rates of the other two are ours."""
     return {
         "steps": _stages(None, 50_000, 5_000, 5_000), "lr": _stages(None, lr, lr, controlled_lr), "warmup": 0,
         "batch": 512, "micro_batch": micro_batch, "seq_len": 8192,
@@ -150,11 +149,8 @@ def make_optimizer(model: Llama, lr: float, weight_decay: float = WEIGHT_DECAY, 
 
 
 def learning_rate(stage: str, step: int, steps: int, peak: float, warmup: int = 0) -> float:
-    """The rate of the step that follows `step` finished ones of `steps`.
-
-    "warmup": linear up to the peak, then constant. "constant": the peak. "cosine": the first step is at the
-    peak, the last one at exactly FINAL_LR of it.
-    """
+    """The rate of the step that follows `step` finished ones of `steps`. "warmup": linear up to the peak,
+    then constant; "cosine": the first step is at the peak, the last one at exactly FINAL_LR of it."""
     schedule = RECIPE[stage].schedule
     if schedule == "warmup":
         return peak * min(1.0, (step + 1) / max(1, warmup))
@@ -166,9 +162,7 @@ def learning_rate(stage: str, step: int, steps: int, peak: float, warmup: int = 
 
 def add_losses(sums: Tensor, model: Llama, batch: Batch, micro_batch: int, scale: Tensor | None = None):
     """sums (sources, 2) += (sum of losses, number of targets) of each source, micro_batch rows at a time.
-
-    With a scale, scale * (gradient of the sum of losses) is added to the parameters' gradients.
-    """
+    With a scale, scale * (gradient of the sum of losses) is added to the parameters' gradients."""
     parts = (x.to(sums.device).split(micro_batch) for x in batch)
     for tokens, targets, doc_start, source in zip(*parts, strict=True):
         total, nll = model(tokens, targets, doc_start, reduction="sum")  # (), (b, T)
@@ -180,9 +174,7 @@ def add_losses(sums: Tensor, model: Llama, batch: Batch, micro_batch: int, scale
 
 def train_step(model: Llama, optimizer, batch: Batch, names: tuple, micro_batch: int, world: World) -> dict:
     """One update on this rank's rows of the batch → loss, gradient norm before clipping, loss of each source.
-
-    If one of the first two is not finite the weights stay as they are, and the row says "skipped".
-    """
+    If one of the first two is not finite the weights stay as they are, and the row says "skipped"."""
     count = all_sum((batch.targets >= 0).sum().to(world.device), world)  # of all ranks and micro-batches
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
     # FSDP2 averages gradients over the ranks; their sum is wanted
@@ -273,7 +265,10 @@ def run_stage(stage: str, args, world: World) -> None:
     model, optimizer = build_model(settings, saved, args, world)
     tok = tokenizer.load(data_dir)
     log, speed, size = MetricsLog(stage_dir, start), Speed(settings, world), token_bytes(tok)
-    announce(settings, start, world)
+    begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
+    work = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps of {args.batch} x"
+    where = f"{settings.dtype} on {world.size} x {world.device.type}"
+    files.print0(f"[{stage}] {begin}: {work} {args.seq_len} tokens, {where}")
     with Interrupt(stage) as interrupt:
         for step in range(start + 1, settings.steps + 1):
             interrupt.step, last = step, step == settings.steps
@@ -306,9 +301,7 @@ def run_stage(stage: str, args, world: World) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Below: what a stage needs, and what is shared with rl.py and verify.py
-# ------------------------------------------------------------------------------------------------------------
-# Settings, data and model of a stage
+# Below: what a stage needs (its settings, data and model), then what is shared with rl.py and verify.py
 
 
 def is_finished(stage_dir: str) -> bool:
@@ -419,14 +412,6 @@ def build_model(settings: Settings, saved: str | None, args, world: World) -> tu
         below = os.path.join(args.out, settings.starts_from)
         load_checkpoint(saved or on_rank0(lambda: files.latest_checkpoint(below)), model, optimizer)
     return model, optimizer
-
-
-def announce(settings: Settings, start: int, world: World) -> None:
-    begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
-    size = f"{LlamaConfig(**settings.model).num_params() / 1e6:.1f}M parameters"
-    steps = f"{settings.steps} steps of {settings.batch} x {settings.seq_len} tokens"
-    where = f"{settings.dtype} on {world.size} x {world.device.type}"
-    files.print0(f"[{settings.stage}] {begin}: {size}, {steps}, {where}")
 
 
 def token_bytes(tok: Tokenizer) -> Tensor:
@@ -611,7 +596,7 @@ def fastest_dtype(device: torch.device) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: STAGE/checkpoints/step_000123: config.json, model.safetensors, tokenizer.model, meta.json, state
+# Checkpoints: STAGE/checkpoints/step_N: config.json, model.safetensors, tokenizer.model, meta.json, state/
 
 KEEP = 2  # checkpoints of a stage
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, in one process
@@ -685,9 +670,7 @@ def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta:
 
 def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -> dict:
     """Weights and optimizer state, in place, of a checkpoint written by any number of ranks → its meta.json.
-
-    Learning rate, betas and weight decay stay the optimizer's own: they belong to the stage.
-    """
+    Learning rate, betas and weight decay stay the optimizer's own: they belong to the stage."""
     check_shape(path, model.config)
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     weights, moments = states.get_state_dict(model, optimizer)
@@ -804,16 +787,18 @@ PLAN_MFU, PLAN_DEVICE = 0.4, "NVIDIA H200"  # what --plan counts on
 
 
 def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int) -> dict[str, float]:
-    """Bytes on one GPU by part, and at the peak.
-
-    The peak is at the end of a micro-batch's forward pass, when gradients exist only if an earlier one left
-    them, or in the last block of the backward pass, when nearly all of them do.
-    """
-    size, params = DTYPES[dtype].itemsize, config.num_params()
+    """Bytes on one GPU by part, and at the peak: at the end of a micro-batch's forward pass, when gradients
+    exist only if an earlier one left them, or in the last block of the backward pass, when nearly all of them
+    do."""
+    size, params, hidden = DTYPES[dtype].itemsize, config.num_params(), config.hidden_size
     block = replace(config, num_layers=2).num_params() - replace(config, num_layers=1).num_params()
     rest = params - config.num_layers * block  # the embedding, the output projection
     tokens, share = min(args.micro_batch, -(-args.batch // ranks)) * args.seq_len, args.replicate / ranks
-    layer, inputs = tokens * layer_bytes(config, size), tokens * 2 * size * config.hidden_size  # of a block
+    inputs = tokens * 2 * size * hidden  # of a block
+    # A block keeps: of two norms the sum and its output; attention's q, k, v, output and log-sum-exps;
+    # SwiGLU's gate, its silu, up and their product
+    heads = config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    layer = tokens * (size * (4 * hidden + heads + 4 * config.intermediate_size) + 8 + 4 * config.num_heads)
     if ranks > 1:  # gathered: the rest and two blocks at a time, a block's gradients as they are summed
         gathered = size * (rest + 2 * block) + (size + 4) * block
     else:  # copies in bf16, which the backward pass needs again
@@ -821,10 +806,9 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int) -> dict[str, 
     parts = {
         "parameters": 4 * params * share, "gradients": 4 * params * share, "optimizer": 8 * params * share,
         "weights to compute with": gathered,
-        "activations": tokens * (4 + size) * config.hidden_size  # the last norm
+        "activations": tokens * (4 + size) * hidden  # the last norm
         + config.num_layers * (inputs if args.activation_checkpointing else layer),
-        "logits": min(4 * tokens * config.vocab_size, 512 << 20)
-        + size * config.vocab_size * config.hidden_size,
+        "logits": min(4 * tokens * config.vocab_size, 512 << 20) + size * config.vocab_size * hidden,
     }
     accumulated = parts["gradients"] if tokens * ranks < args.batch * args.seq_len else 0
     forward_end = parts["activations"] + parts["logits"] + accumulated
@@ -833,15 +817,6 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int) -> dict[str, 
     backward_end = layer + inside_mlp + max(parts["gradients"], kept)
     always = parts["parameters"] + parts["optimizer"] + gathered
     return parts | {"peak": always + max(forward_end, backward_end)}
-
-
-def layer_bytes(config: LlamaConfig, size: int) -> float:
-    """What a block keeps per token for its backward pass: of two norms the sum and its output; attention's q,
-    k, v, output and log-sum-exps; SwiGLU's gate, its silu, up and their product. size: bytes of an
-    activation."""
-    heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    kept = size * (2 * heads + 2 * kv_heads) + 4 * size * config.intermediate_size
-    return kept + 2 * (2 * size * config.hidden_size + 4) + 4 * config.num_heads
 
 
 def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
@@ -863,10 +838,10 @@ def show_plan(args) -> None:
     steps = args.steps or RUNS[args.preset]["steps"][args.branch]
     tokens, dtype = steps * args.batch * args.seq_len, "bf16" if args.dtype == "auto" else args.dtype
     flops = tokens * flops_per_token(config, args.seq_len)
-    size = f"{config.num_params():,} parameters, {steps:,} steps, {tokens:,} tokens"
-    print(f"{args.preset} {args.branch}: {size}, {flops:.3e} FLOPs (flops_per_token)")
-    print(f"time at {PLAN_MFU:.0%} of the peak of {PLAN_DEVICE}s")
-    print(f"{dtype}, {args.micro_batch} x {args.seq_len} tokens at once; memory in GiB per GPU:")
+    size = f"{config.num_params():,} parameters, {steps:,} steps, {tokens:,} tokens, {flops:.3e} FLOPs"
+    print(f"{args.preset} {args.branch}: {size}")
+    print(f"GiB per GPU in {dtype}, {args.micro_batch} x {args.seq_len} tokens at once; "
+          f"time at {PLAN_MFU:.0%} of the peak of {PLAN_DEVICE}s")
     rows = []
     for gpus in sorted({1, 8, 64, int(os.environ.get("WORLD_SIZE", "1"))}):
         if args.batch % gpus or gpus % args.replicate:

@@ -113,13 +113,10 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     As a loss only k2 has the KL's gradient in expectation; k1's is 0 on average, k3's right to first order.
     """
     x = (logp - ref_logp).clamp(-20, 20)
-    if kind == "k1":
-        return x
-    if kind == "k2":
-        return x.square() / 2
-    if kind == "k3":
-        return (-x).exp() - 1 + x
-    raise ValueError(f'unknown KL estimate "{kind}"; valid: k1, k2, k3')
+    estimates = {"k1": x, "k2": x.square() / 2, "k3": (-x).exp() - 1 + x}
+    if kind not in estimates:
+        raise ValueError(f'unknown KL estimate "{kind}"; valid: k1, k2, k3')
+    return estimates[kind]
 
 
 @dataclass(frozen=True)
@@ -453,12 +450,11 @@ def log_probs(model: Llama, b: MicroBatch, temperature: float) -> Tensor:
 
 def update(model, reference, optimizer, samples: list[Sample], cap: int, args, world, groups=None) -> dict:
     """One or several optimizer steps on a rollout → metrics. Several: its problems in --updates equal parts.
-
     samples: of groups 0..groups-1 (None: as many as a step has problems).
 
-    Responses of a group without signal have no gradient, so unless a KL term pulls at them they get no
-    forward pass. They still count in the denominator, the loss being a mean over all responses; --filter drop
-    takes them out of it.
+    Responses of a group without signal have no gradient: without a KL term they get no forward pass. They
+    count in the denominator, the loss being a mean over all responses, unless --filter drop takes them out of
+    it.
     """
     groups = groups or args.prompts_per_step
     kept = [s for s in samples if s.signal or args.filter == "none"]
@@ -626,9 +622,7 @@ def write_rollouts(path: str, samples: list[Sample], problems: list[dict], world
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Below: what a run needs
-# ------------------------------------------------------------------------------------------------------------
-# The starting point, the problems
+# Below: what a run needs: its starting point, its problems, the command line
 
 
 def starting_point(args) -> tuple[str, str]:
@@ -665,23 +659,21 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
         held_out = benchmarks.load_problems(args.eval, args.data)[: args.eval_problems]
     elif args.prompts:  # a tenth of the file at most
         k = min(args.eval_problems, max(1, len(train) // 10))
-        if len(train) < 2:
-            left = "nothing would be left to evaluate on; give --eval FILE"
-            raise ValueError(f"{args.prompts} holds one problem: {left}")
         train, held_out = train[:-k], train[-k:]
+        if not train:
+            raise ValueError(f"{args.prompts} holds one problem, none is left to evaluate on: give --eval FILE")
     else:  # disjoint by construction, and the same for every seed
         held_out = synth.problems("test", args.eval_problems)
     for row in train + held_out:
         row["tokens"] = tok.encode(prompts.TEMPLATES[args.template](row["problem"]))
     lengths = [len(row["tokens"]) for row in train]
     kept = [row for row, length in zip(train, lengths) if length <= args.max_prompt]
-    limit = f"--max-prompt {args.max_prompt}"
+    limit, most = f"--max-prompt {args.max_prompt}", max(lengths)
     if not kept:
         raise ValueError(f"no prompt is within {limit}: the shortest has {min(lengths)} tokens")
     if len(kept) < len(train):
-        longest = f"the longest, problem {lengths.index(max(lengths)) + 1}, has {max(lengths)}"
-        out = f"{len(train) - len(kept)} of {len(train)} prompts left out"
-        files.print0(f"{out}: longer than {limit} tokens ({longest})")
+        out = f"{len(train) - len(kept)} of {len(train)} prompts left out: longer than {limit} tokens"
+        files.print0(f"{out} (the longest, problem {lengths.index(most) + 1}, has {most})")
     return kept, held_out
 
 

@@ -123,7 +123,7 @@ def checkpoints(run_dir: str) -> list[str]:
 
 
 def latest_checkpoint(run_dir: str) -> str | None:
-    """The newest whole checkpoint of a run, None if there is none. Every program takes this one."""
+    """The newest whole checkpoint of a run, or None. Every program takes this one."""
     for path in checkpoints(run_dir):
         if is_whole(path):
             return path
@@ -149,9 +149,7 @@ def _matches(files: tuple[str, ...], sizes: tuple, sums: tuple, _modified: tuple
 
 def find_checkpoint(path: str) -> str:
     """What --ckpt means: a checkpoint's folder, ours or Hugging Face's, or a run's, for its newest whole one.
-
-    FileNotFoundError if there is none; ValueError if the one that is named is damaged.
-    """
+    FileNotFoundError if there is none; ValueError if the one that is named is damaged."""
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{path} is not a folder: give a run's, as runs/tiny/long, or a checkpoint's")
     parent, name = os.path.split(os.path.abspath(path))
@@ -173,10 +171,8 @@ def find_checkpoint(path: str) -> str:
 
 @contextlib.contextmanager
 def run_lock(folder: Path, wait: float = 0.0):
-    """Nobody else works in this folder meanwhile. A killed process lets go of it, however sudden its end.
-
-    Waits `wait` seconds for the one that works there, then raises ValueError.
-    """
+    """Nobody else works in this folder meanwhile; a killed process lets go of it. ValueError if another still
+    works there after `wait` seconds."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "lock"), "a+") as file:
         end = time.monotonic() + wait
