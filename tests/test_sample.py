@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -15,8 +16,9 @@ from torch import nn
 import sample
 from data import files, tokenizer
 from data.files import run_cli
+from data.prompts import STOP
 from model import Llama, LlamaConfig
-from sample import Completion, Sampler, SamplingParams, Stop, inverse_cdf, stream_keys, truncate, uniforms, unsharded
+from sample import Sampler, SamplingParams, Stop, inverse_cdf, stream_keys, truncate, uniforms, unsharded
 
 torch.set_num_threads(1)  # on matrices this small a second thread is only waited for
 
@@ -31,9 +33,8 @@ def random_llama(config: LlamaConfig = CONFIG, seed: int = 0) -> Llama:
     model = Llama(config)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5 * 1.5 if p.ndim > 1 else torch.ones(())
-            )
+            drawn = torch.randn(p.shape, generator=generator) if p.ndim > 1 else torch.ones(())
+            p.copy_(drawn / p.shape[-1] ** 0.5 * 1.5 if p.ndim > 1 else drawn)
     return model
 
 
@@ -43,9 +44,9 @@ def words() -> tokenizer.Tokenizer:
 
 
 class Script(nn.Module):
-    """A stand-in for a Llama that says what it is told: a prompt that begins with i is followed by answers[i], then 0s.
+    """A stand-in for a Llama that says what it is told: after a prompt that starts with i, answers[i] and 0s.
 
-    Which prompt a slot holds is read from the KV cache, so a slot that was filled wrongly says the wrong thing.
+    Which prompt a slot holds is read from the KV cache: a slot that was filled wrongly says the wrong thing.
     """
 
     def __init__(self, answers: list[list[int]], vocab_size: int):
@@ -65,7 +66,7 @@ class Script(nn.Module):
             seen = cache.k[0, b, 0, :, 0].long().tolist()
             answer = self.answers[seen[0]]
             for t in range(T):
-                said = int(positions[b, t]) - prompt_length(seen[0]) + 1  # tokens of the answer seen by position t
+                said = int(positions[b, t]) - prompt_length(seen[0]) + 1  # tokens of the answer seen by t
                 if said >= 0:
                     if T == 1:  # in a prompt's forward, what comes after its last token is padding
                         assert seen[prompt_length(seen[0]) :][:said] == (answer + [0] * said)[:said]
@@ -80,19 +81,23 @@ def prompt_length(i: int) -> int:
     return 2 + i % 5
 
 
-def say(answers: list[list[int]], words=None, slots=64, vocab_size=280, **options) -> tuple[list[Completion], Script]:
-    """Completions of prompts that have these answers, and the stand-in that gave them."""
+def say(answers: list[list[int]], words=None, slots=64, vocab_size=280, **options):
+    """(completions of prompts that have these answers, the stand-in that gave them)."""
     model = Script(answers, vocab_size)
     prompts = [[i] * prompt_length(i) for i in range(len(answers))]
     options = {"max_new_tokens": 50} | options
     return [group[0] for group in Sampler(model, words, slots).generate(prompts, **options)], model
 
 
+def assert_close(a: list[float], b: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=0, atol=1e-5)
+
+
 def tokens_of(results) -> list[list[list[int]]]:
     return [[completion.tokens for completion in group] for group in results]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is sampled
 
 
@@ -134,7 +139,8 @@ def test_log_probabilities_are_the_trainers(temperature):
 
 def test_log_probabilities_after_truncation_are_of_what_was_kept():
     model = random_llama()
-    completion = Sampler(model, None).generate([[1, 2]], max_new_tokens=15, temperature=0.8, top_k=5, top_p=0.9)[0][0]
+    how = {"max_new_tokens": 15, "temperature": 0.8, "top_k": 5, "top_p": 0.9}
+    completion = Sampler(model, None).generate([[1, 2]], **how)[0][0]
     logits = model(torch.tensor([[1, 2] + completion.tokens]))[0, 1:-1] / 0.8
     probs = truncate(logits.softmax(-1), 0.9, 5, 0.0)
     expected = probs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0].log()
@@ -159,8 +165,9 @@ def test_temperature_to_zero_and_min_p_of_one_are_greedy():
     logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     u = torch.rand(20, 8, generator=torch.Generator().manual_seed(1))
     best = logits.argmax(-1, keepdim=True).expand(20, 8)
-    for policy in (SamplingParams(0.0), SamplingParams(1e-4), SamplingParams(1e-30), SamplingParams(min_p=1.0), SamplingParams(top_k=1), SamplingParams(top_p=0.0)):
-        assert torch.equal(policy.draw(logits, u)[0], best), policy
+    rules = {"temperature": (0.0, 1e-4, 1e-30), "min_p": (1.0,), "top_k": (1,), "top_p": (0.0,)}
+    for params in (SamplingParams(**{name: value}) for name, values in rules.items() for value in values):
+        assert torch.equal(params.draw(logits, u)[0], best), params
 
 
 def kept_by_definition(probs: list[float], top_p: float, top_k: int, min_p: float) -> set[int]:
@@ -184,7 +191,8 @@ def test_truncation_keeps_what_the_definitions_say():
     for _ in range(300):
         weights = [2.0 ** -rng.randrange(1, 6) for _ in range(16)]
         weights[rng.randrange(16)] = 0.0
-        rules = rng.choice([0.25, 0.5, 0.75, 1.0]), rng.choice([0, 1, 3, 8, 16, 99]), rng.choice([0.0, 0.25, 0.5, 1.0])
+        choices = [0.25, 0.5, 0.75, 1.0], [0, 1, 3, 8, 16, 99], [0.0, 0.25, 0.5, 1.0]
+        rules = [rng.choice(values) for values in choices]
         kept = truncate(torch.tensor([weights]), *rules)[0]
         alive = {i for i in range(16) if kept[i] > 0}
         assert alive == kept_by_definition(weights, *rules) - {i for i in range(16) if weights[i] == 0}, rules
@@ -194,11 +202,11 @@ def test_truncation_keeps_what_the_definitions_say():
 def test_inverse_cdf_at_its_edges():
     last = 1 - 2.0**-53  # the largest uniform
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
-    assert inverse_cdf(probs, torch.tensor([[0.0, 0.5 - 1e-9, 0.5, last]], dtype=torch.float64)).tolist() == [
-        [1, 3, 3, 3]
-    ]
+    u = torch.tensor([[0.0, 0.5 - 1e-9, 0.5, last]], dtype=torch.float64)
+    assert inverse_cdf(probs, u).tolist() == [[1, 3, 3, 3]]
     for scale in (1 - 1e-3, 1 - 1e-7, 1 + 1e-7, 1e-30):  # rows that do not sum to 1
-        assert inverse_cdf(probs * scale, torch.tensor([[0.0, last]], dtype=torch.float64)).tolist() == [[1, 3]]
+        u = torch.tensor([[0.0, last]], dtype=torch.float64)
+        assert inverse_cdf(probs * scale, u).tolist() == [[1, 3]]
     wide = torch.rand(3, 128_256, generator=torch.Generator().manual_seed(0)) ** 20
     wide[:, -1000:] = wide[:, :1000] = 0
     wide /= wide.sum(-1, keepdim=True)
@@ -214,7 +222,7 @@ def test_logits_that_are_not_numbers_are_an_error():
         Sampler(model, None).generate([[1]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Random numbers
 
 
@@ -231,17 +239,19 @@ def test_streams_differ_in_each_of_their_parts():
     keys = {key for seed in range(12) for key in stream_keys(seed, range(-3, 40), 16).flatten().tolist()}
     assert len(keys) == 12 * 43 * 16
     keys = stream_keys(0, range(32), 32)
-    u = torch.stack([uniforms(keys, torch.full_like(keys, t)) for t in range(64)], -1)  # (request, sample, position)
+    u = torch.stack([uniforms(keys, torch.full_like(keys, t)) for t in range(64)], -1)  # place last
     assert abs(float(u.mean()) - 0.5) < 5 * (1 / 12 / u.numel()) ** 0.5
     for shifted in (u.roll(1, 0), u.roll(1, 1), u.roll(1, 2)):
-        assert abs(float(torch.corrcoef(torch.stack((u.flatten(), shifted.flatten())))[0, 1])) < 5 / u.numel() ** 0.5
+        correlation = torch.corrcoef(torch.stack((u.flatten(), shifted.flatten())))[0, 1]
+        assert abs(float(correlation)) < 5 / u.numel() ** 0.5
 
 
 def test_each_token_has_the_uniform_of_its_place():
     """A model for which all words are equally likely turns its uniforms into tokens as they are."""
     model = random_llama()
     nn.init.zeros_(model.norm.weight)
-    results = Sampler(model, None, slots=3).generate([[1], [2, 3]], n=2, max_new_tokens=30, seed=4, request_ids=[8, 5])
+    how = {"n": 2, "max_new_tokens": 30, "seed": 4, "request_ids": [8, 5]}
+    results = Sampler(model, None, slots=3).generate([[1], [2, 3]], **how)
     keys = stream_keys(4, [8, 5], 2)
     for group, streams in zip(results, keys):
         for completion, key in zip(group, streams):
@@ -249,33 +259,35 @@ def test_each_token_has_the_uniform_of_its_place():
 
 
 def test_a_rollout_depends_on_nothing_around_it():
-    """Alone, among others, in other slots, in another order, after a refill, beside a longer group: the same tokens."""
+    """Alone, among others, in other slots or another order, after a refill, beside longer ones: the same."""
     model = random_llama()
     rng = random.Random(0)
     prompts = [[rng.randrange(61) for _ in range(rng.randrange(1, 14))] for _ in range(40)]
     limits = [rng.randrange(1, 25) for _ in prompts]
     everything = Sampler(model, None, slots=64).generate(prompts, n=2, max_new_tokens=limits, seed=7)
     assert sorted({len(group[0].tokens) for group in everything}) == sorted(set(limits))
-    for slots, picked, n in ((5, range(40), 2), (3, range(39, -1, -3), 2), (1, [11], 1), (64, [11, 11, 4], 2)):
+    parts = ((5, range(40), 2), (3, range(39, -1, -3), 2), (1, [11], 1), (64, [11, 11, 4], 2))
+    for slots, picked, n in parts:
         part = Sampler(model, None, slots).generate(
             [prompts[i] for i in picked], n, [limits[i] for i in picked], seed=7, request_ids=list(picked)
         )
         for i, group in zip(picked, part):
             for a, b in zip(group, everything[i]):
                 assert a.tokens == b.tokens
-                torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-5)
+                assert_close(a.logprobs, b.logprobs)
 
 
 def test_seeds_requests_and_samples_differ():
     sampler = Sampler(random_llama(), None)
-    results = sampler.generate([[1, 2]] * 3, n=4, max_new_tokens=20)
+    how = {"n": 4, "max_new_tokens": 20}
+    results = sampler.generate([[1, 2]] * 3, **how)
     assert len({tuple(c.tokens) for group in results for c in group}) == 12
-    assert tokens_of(results) == tokens_of(sampler.generate([[1, 2]] * 3, n=4, max_new_tokens=20))
-    assert tokens_of(results) != tokens_of(sampler.generate([[1, 2]] * 3, n=4, max_new_tokens=20, seed=1))
-    assert tokens_of(results[2:]) == tokens_of(sampler.generate([[1, 2]], n=4, max_new_tokens=20, request_ids=[2]))
+    assert tokens_of(results) == tokens_of(sampler.generate([[1, 2]] * 3, **how))
+    assert tokens_of(results) != tokens_of(sampler.generate([[1, 2]] * 3, **how, seed=1))
+    assert tokens_of(results[2:]) == tokens_of(sampler.generate([[1, 2]], **how, request_ids=[2]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # When it stops
 
 
@@ -314,7 +326,7 @@ def split_everywhere(words, text: str, rng: random.Random) -> list[int]:
 
 @pytest.mark.parametrize("stop", ["User:", "End", "😀", "ï", " the", "cat sat on the mat"])
 def test_stop_strings(stop, words):
-    """Over several tokens, inside one, at its start or end, in the middle of characters, after near misses."""
+    """Over several tokens, inside one, at its start or end, inside characters, after near misses."""
     rng = random.Random(0)
     texts = [
         "Us U UserUser: hello",
@@ -324,8 +336,10 @@ def test_stop_strings(stop, words):
         "User: first",
         "the cat sat on the mat, naïve",
     ]
-    answers = [split_everywhere(words, text, rng) for text in texts * 3] + [words.encode(text) for text in texts]
-    got, _ = say(answers, words, stop=(stop, words.eos_id), max_new_tokens=[len(a) + 1 for a in answers], slots=4)
+    answers = [split_everywhere(words, text, rng) for text in texts * 3]
+    answers += [words.encode(text) for text in texts]
+    limits = [len(answer) + 1 for answer in answers]
+    got, _ = say(answers, words, stop=(stop, words.eos_id), max_new_tokens=limits, slots=4)
     for text, answer, c in zip(texts * 4, answers, got):
         if stop not in text:
             assert (c.tokens, c.finish_reason) == (answer + [0], "length")  # 0 is what the stand-in says last
@@ -350,7 +364,7 @@ def test_of_two_stop_strings_the_first_in_the_text_cuts(words):
     assert stop.visible(words.encode("the cat sat on the mat")) == b"the "
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What it costs, and what it reads
 
 
@@ -374,53 +388,61 @@ def test_each_prompt_is_computed_once_and_no_step_for_a_finished_row(slots, monk
 
 def test_a_shared_prompt_and_a_cache_that_grows_change_nothing(monkeypatch):
     model = random_llama()
-    shared = Sampler(model, None).generate(PROMPTS, n=4, max_new_tokens=40)
+    shared = tokens_of(Sampler(model, None).generate(PROMPTS, n=4, max_new_tokens=40))
     alone = Sampler(model, None).generate(PROMPTS, n=1, max_new_tokens=40)
-    assert [group[:1] for group in tokens_of(shared)] == tokens_of(alone)
+    assert [group[:1] for group in shared] == tokens_of(alone)
     monkeypatch.setattr(sample, "CACHE_CHUNK", 1)
-    assert tokens_of(Sampler(model, None, slots=5).generate(PROMPTS, n=4, max_new_tokens=40)) == tokens_of(shared)
+    assert tokens_of(Sampler(model, None, slots=5).generate(PROMPTS, n=4, max_new_tokens=40)) == shared
 
 
 @pytest.fixture
 def rollouts(monkeypatch):
-    """The rollouts of the test, and how often a row was put off."""
-    made, init, put_off = [], sample.Rollout.__init__, sample.Rollout._put_off
+    """The rollouts of the test, and how often a row was preempted."""
+    made, init, preempt = [], sample.Rollout.__init__, sample.Rollout.preempt
 
     def remember(self, *args):
         init(self, *args)
-        self.times_put_off = 0
+        self.preemptions = 0
         made.append(self)
 
     def count(self):
-        self.times_put_off += 1
-        put_off(self)
+        self.preemptions += 1
+        preempt(self)
 
     monkeypatch.setattr(sample.Rollout, "__init__", remember)
-    monkeypatch.setattr(sample.Rollout, "_put_off", count)
+    monkeypatch.setattr(sample.Rollout, "preempt", count)
     return made
 
 
-@pytest.mark.parametrize("block_len, cache_tokens", [(1, None), (4, None), (4, 56), (16, 64), (64, None), (7, 63)])
+def assert_no_block_is_lost(rollout):
+    allocator = rollout.cache.allocator
+    assert len(allocator.available) == len(allocator.users) - 1 and not any(allocator.users)
+
+
+@pytest.mark.parametrize(
+    "block_len, cache_tokens", [(1, None), (4, None), (4, 56), (16, 64), (64, None), (7, 63)]
+)
 def test_a_paged_cache_changes_nothing(block_len, cache_tokens, rollouts):
-    """Blocks of any length, prompts longer and shorter than one, and so few that rows must be put off."""
+    """Blocks of any length, prompts longer and shorter than one, and so few that rows must be preempted."""
     model, how = random_llama(), {"n": 4, "max_new_tokens": 40, "stop": (3, 50)}
     dense = Sampler(model, None, slots=6).generate(PROMPTS, **how)
     paged = Sampler(model, None, 6, block_len=block_len, cache_tokens=cache_tokens).generate(PROMPTS, **how)
     assert tokens_of(paged) == tokens_of(dense)
     for a, b in zip((c for g in dense for c in g), (c for g in paged for c in g)):
-        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-5)
+        assert_close(a.logprobs, b.logprobs)
     rollout = rollouts[-1]
-    assert (rollout.times_put_off > 0) == (cache_tokens is not None)
-    assert len(rollout.pool.free) == len(rollout.pool.users) - 1 and not any(rollout.pool.users), "no block is lost"
+    assert (rollout.preemptions > 0) == (cache_tokens is not None)
+    assert_no_block_is_lost(rollout)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_pool_gives_the_same_tokens(seed, rollouts, monkeypatch):
-    """Prompts, limits, stops, slots, blocks and looks of all kinds; a pool that holds the longest request holds them all."""
+    """Prompts, limits, stops, slots, blocks and looks of all kinds: if the longest request fits, all do."""
     model, rng = random_llama(), random.Random(seed)
-    prompts = [
-        [rng.randrange(61) for _ in range(rng.randint(1, rng.choice((3, 20, 40))))] for _ in range(rng.randint(1, 7))
-    ]
+    prompts = []
+    for _ in range(rng.randint(1, 7)):
+        length = rng.randint(1, rng.choice((3, 20, 40)))
+        prompts.append([rng.randrange(61) for _ in range(length)])
     n, size = rng.randint(1, 5), rng.randint(1, 16)
     limits = [[rng.randint(1, rng.choice((2, 10, 40))) for _ in range(n)] for _ in prompts]
     how = {"n": n, "max_new_tokens": limits, "stop": rng.choice(((), (3,), (3, 7, 11, 50))), "seed": seed}
@@ -435,9 +457,49 @@ def test_any_pool_gives_the_same_tokens(seed, rollouts, monkeypatch):
 
     monkeypatch.setattr(sample.Rollout, "__init__", like_a_gpu)
     pool = {"block_len": size, "cache_tokens": size * (least + rng.choice((0, 0, 1, 6, 99)))}
-    assert tokens_of(Sampler(model, None, rng.randint(1, 10), **pool).generate(prompts, **how)) == tokens_of(dense)
-    pool = rollouts[-1].pool
-    assert len(pool.free) == len(pool.users) - 1 and not any(pool.users), "no block is lost"
+    paged = Sampler(model, None, rng.randint(1, 10), **pool).generate(prompts, **how)
+    assert tokens_of(paged) == tokens_of(dense)
+    assert_no_block_is_lost(rollouts[-1])
+
+
+def test_a_preempted_row_is_computed_again_in_parts(rollouts, monkeypatch):
+    """From its prompt and its tokens. What it has sampled stays as it is; what follows is as without."""
+    model, how = random_llama(), {"n": 4, "max_new_tokens": 40, "stop": (3, 50)}
+    dense = Sampler(model, None, slots=6).generate(PROMPTS, **how)
+    monkeypatch.setattr(sample, "RECOMPUTE_TOKENS", 5)
+    hidden, preempt, forwards, preempted = model.hidden, sample.Rollout.preempt, [], []
+    model.hidden = lambda tokens, cache: forwards.append(tokens.tolist()) or hidden(tokens, cache=cache)
+
+    def remember(rollout):
+        row = rollout.rows[-1]
+        preempted.append((row, list(row.tokens), list(row.logprobs)))
+        preempt(rollout)
+
+    monkeypatch.setattr(sample.Rollout, "preempt", remember)
+    paged = Sampler(model, None, 6, block_len=4, cache_tokens=56).generate(PROMPTS, **how)
+    assert tokens_of(paged) == tokens_of(dense) and max(len(tokens) for _, tokens, _ in preempted) > 5
+    for row, tokens, logprobs in preempted:
+        assert row.completion.tokens[: len(tokens)] == tokens
+        assert row.completion.logprobs[: len(tokens)] == logprobs
+        computed = row.prompt + tokens[:-1]
+        assert all([computed[i : i + 5]] in forwards for i in range(0, len(computed), 5))
+
+
+@pytest.mark.parametrize("block_len", [0, 4])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"top_p": 0.9, "top_k": 9, "min_p": 0.01}])
+def test_a_decode_step_reads_nothing_back(block_len, params):
+    """It runs on meta tensors, which have no numbers to read."""
+    sampler = Sampler(random_llama(), None, block_len=block_len)
+    rollout = sampler._rollout(PROMPTS, 2, 20, SamplingParams(**params), 0, (3, 50))
+    rollout.step()
+    for part in (rollout, rollout.stop, rollout.cache.kv):
+        for name, value in vars(part).items():
+            if isinstance(value, torch.Tensor):
+                setattr(part, name, value.to("meta"))
+    rollout.model.to("meta")
+    rollout.decode(len(rollout.rows))
+    with pytest.raises(RuntimeError):
+        rollout.count[0].item()
 
 
 def test_rows_share_the_whole_blocks_of_their_prompt(rollouts):
@@ -446,17 +508,18 @@ def test_rows_share_the_whole_blocks_of_their_prompt(rollouts):
     rollout.step()
     first, *others = (row.blocks for row in rollout.rows)
     assert all(blocks[:2] == first[:2] and blocks[2] != first[2] for blocks in others)
-    assert [rollout.pool.users[b] for b in first[:3]] == [8, 8, 1]
+    assert [rollout.cache.allocator.users[b] for b in first[:3]] == [8, 8, 1]
 
 
 def test_a_request_that_no_cache_can_hold_is_refused():
-    with pytest.raises(ValueError, match="room for 3 blocks of 8 tokens, and a request needs up to 6.*cache_tokens"):
+    message = "room for 3 blocks of 8 tokens, and a request needs up to 6.*cache_tokens"
+    with pytest.raises(ValueError, match=message):
         Sampler(random_llama(), None, block_len=8, cache_tokens=30).generate(PROMPTS, max_new_tokens=36)
 
 
 @pytest.mark.parametrize("block_len", [0, 4])
 def test_looking_seldom_and_whole_rungs_change_nothing(block_len, rollouts, monkeypatch, words):
-    """What a GPU does, on a CPU: the host looks every few tokens, and a rung's empty slots are computed with the others."""
+    """What a GPU does, on a CPU: the host looks every few tokens, a rung's empty slots are computed."""
     model = random_llama(replace(CONFIG, vocab_size=words.vocab_size))
     prompts = [words.encode(text) for text in ("the cat", "sat on", "naïve", "User", "End of")]
     how = {"n": 5, "max_new_tokens": [30, 23, 17, 12, 27], "stop": (7, "t", "o")}
@@ -465,9 +528,9 @@ def test_looking_seldom_and_whole_rungs_change_nothing(block_len, rollouts, monk
 
     class Replay:
         def __init__(self, rollout, B):
-            self.replay = lambda: (widths.append((B, len(rollout.rows))), rollout._decode(B))
+            self.replay = lambda: (widths.append((B, len(rollout.rows))), rollout.decode(B))
 
-    init, decode = sample.Rollout.__init__, sample.Rollout._decode
+    init, decode = sample.Rollout.__init__, sample.Rollout.decode
 
     def counted(self, B):
         widths.append((B, len(self.rows)))
@@ -475,11 +538,11 @@ def test_looking_seldom_and_whole_rungs_change_nothing(block_len, rollouts, monk
 
     def like_a_gpu(self, *args):
         init(self, *args)
-        self.graphs, self.look_every = {}, 8
+        self.use_graphs, self.look_every = True, 8
 
     monkeypatch.setattr(sample.Rollout, "__init__", like_a_gpu)
-    monkeypatch.setattr(sample.Rollout, "_decode", counted)
-    monkeypatch.setattr(sample.Rollout, "_capture", lambda self, B: Replay(self, B))
+    monkeypatch.setattr(sample.Rollout, "decode", counted)
+    monkeypatch.setattr(sample, "capture", Replay)
     seldom = Sampler(model, words, slots=11, block_len=block_len).generate(prompts, **how)
     assert tokens_of(seldom) == tokens_of(plain)
     assert [[(c.text, c.finish_reason) for c in g] for g in seldom] == [
@@ -502,15 +565,15 @@ def test_the_next_rollout_has_the_updated_weights(dtype):
     model = random_llama()
     model.compute_dtype = dtype
     sampler = Sampler(model, None)
-    before = sampler.generate(PROMPTS, max_new_tokens=10)
+    before = tokens_of(sampler.generate(PROMPTS, max_new_tokens=10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).mean().backward()
     optimizer.step()  # in place, and possible at all: what was sampled with are no inference tensors
-    after = sampler.generate(PROMPTS, max_new_tokens=10)
+    after = tokens_of(sampler.generate(PROMPTS, max_new_tokens=10))
     fresh = random_llama(seed=1)
     fresh.load_state_dict(model.state_dict())
     fresh.compute_dtype = dtype
-    assert tokens_of(after) == tokens_of(Sampler(fresh, None).generate(PROMPTS, max_new_tokens=10)) != tokens_of(before)
+    assert after == tokens_of(Sampler(fresh, None).generate(PROMPTS, max_new_tokens=10)) != before
 
 
 def test_the_weights_are_restored_when_a_rollout_fails():
@@ -565,7 +628,7 @@ def test_a_tokenizer_of_another_vocabulary(words):
         Sampler(random_llama(), words)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Streaming, checkpoints, the command line
 
 
@@ -592,8 +655,9 @@ def stage(words, tmp_path_factory):
         random_llama(replace(CONFIG, vocab_size=280), seed=step).save_pretrained(folder)
         words.save(folder)
         names = sorted(os.listdir(folder))
+        sizes = {name: os.path.getsize(folder / name) for name in names}
         sums = {name: files.file_hash(folder / name) for name in names}
-        files.write_json(folder / "meta.json", {"files": {n: os.path.getsize(folder / n) for n in names}, "sha256": sums})
+        files.write_json(folder / "meta.json", {"files": sizes, "sha256": sums})
     (stage / "config.json").write_text("{}")
     (stage / "checkpoints" / "latest").write_text("step_000010\n")
     return stage
@@ -655,7 +719,7 @@ def test_load_refuses_a_tokenizer_that_does_not_fit(stage, tmp_path):
     Llama(CONFIG).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         sample.load_model(str(tmp_path))
-    (tmp_path / "tokenizer.model").write_bytes((stage / "checkpoints/step_000005/tokenizer.model").read_bytes())
+    shutil.copy(stage / "checkpoints/step_000005/tokenizer.model", tmp_path)
     with pytest.raises(ValueError, match="280 tokens, the model 61"):
         Sampler(*sample.load_model(str(tmp_path)))
 
@@ -667,16 +731,38 @@ def command(monkeypatch, *args: str) -> int:
     return end.value.code
 
 
-def test_command_line(stage, words, monkeypatch, capsys):
-    options = ("--max-new-tokens", 12, "--seed", 3)
-    assert command(monkeypatch, "--ckpt", stage, "the cat", *options) == 0
-    completion = Sampler(*sample.load_model(str(stage))).generate([words.encode("the cat")], max_new_tokens=12, seed=3)[0][0]
+def test_callline(stage, words, monkeypatch, capsys):
+    call = ("--ckpt", stage, "the cat", "--max-new-tokens", 12, "--seed", 3)
+    assert command(monkeypatch, *call, "--template", "none") == 0
+    sampler = Sampler(*sample.load_model(str(stage)))
+    completion = sampler.generate([words.encode("the cat")], max_new_tokens=12, seed=3)[0][0]
     assert capsys.readouterr().out == completion.text + "\n"
-    assert (
-        command(monkeypatch, "--ckpt", stage, "the cat", "--n", 3, "--template", "simple", "--top-k", 5, *options) == 0
-    )
+    assert command(monkeypatch, *call, "--n", 3, "--template", "simple", "--top-k", 5) == 0
     assert capsys.readouterr().out.count("--- ") == 3
-    assert command(monkeypatch, "--ckpt", stage, "the cat", "--greedy", "--template", "complex", *options) == 0
+    assert command(monkeypatch, *call, "--greedy", "--template", "complex") == 0
+
+
+def test_our_checkpoints_get_the_simple_template(stage, words, tmp_path, monkeypatch, capsys):
+    """A prompt to a foreign checkpoint stays raw, a conversation with it does not; --template decides."""
+    foreign, newest = tmp_path / "foreign", stage / "checkpoints" / "step_000010"
+    shutil.copytree(newest, foreign)
+    (foreign / "meta.json").unlink()
+    sampler = Sampler(*sample.load_model(str(foreign)))
+    texts = {"none": "cat?", "simple": "Question:\ncat?\nAnswer:\n"}
+    stops = {"none": words.stop_ids, "simple": (*words.stop_ids, *STOP)}
+    cases = (
+        (stage, (), "simple"), (newest, (), "simple"), (foreign, (), "none"),
+        (stage, ("--template", "none"), "none"), (foreign, ("--template", "simple"), "simple"),
+    )
+    for ckpt, given, used in cases:
+        assert command(monkeypatch, "--ckpt", ckpt, "cat?", "--max-new-tokens", 9, "--seed", 4, *given) == 0
+        out, err = capsys.readouterr()
+        how = {"max_new_tokens": 9, "seed": 4, "stop": stops[used]}
+        assert out == sampler.generate([words.encode(texts[used])], **how)[0][0].text + "\n"
+        assert f"template {used}" in err
+    monkeypatch.setattr("builtins.input", lambda _: "")
+    assert command(monkeypatch, "--ckpt", foreign) == 0
+    assert "template simple" in capsys.readouterr().err
 
 
 def test_conversation(stage, monkeypatch, capsys):
@@ -703,20 +789,18 @@ def test_conversation(stage, monkeypatch, capsys):
         (("--ckpt", "STAGE", "x", "--topp", "1"), "valid flags: .*--top-p"),
     ],
 )
-def test_command_line_errors(args, message, stage, monkeypatch, capsys):
+def test_callline_errors(args, message, stage, monkeypatch, capsys):
     assert command(monkeypatch, *(str(stage) if arg == "STAGE" else arg for arg in args)) == 2
     captured = capsys.readouterr()
-    import re
-
     assert captured.err.count("\n") == 1 and re.search(message, captured.err), captured.err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # FSDP2: two ranks on a CPU
 
 
 def fsdp_rank(rank: int, folder: str) -> None:
-    """Roll out, train a step, roll out again: first with prompts of unequal lengths on each rank, then all on one."""
+    """Roll out, train a step, roll out again: first with unequal prompts on each rank, then all on one."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -730,7 +814,8 @@ def fsdp_rank(rank: int, folder: str) -> None:
     for mine in (range(rank, len(PROMPTS), 2), [] if rank else range(len(PROMPTS))):
         with unsharded(model):
             limits = [5 + 7 * i for i in mine]
-            part = Sampler(model, None, slots=3).generate([PROMPTS[i] for i in mine], 2, limits, request_ids=list(mine))
+            prompts, ids = [PROMPTS[i] for i in mine], list(mine)
+            part = Sampler(model, None, slots=3).generate(prompts, 2, limits, request_ids=ids)
         local = sum(p.to_local().numel() for p in model.parameters())  # DTensors again, and half of them here
         assert abs(2 * local / model.config.num_params() - 1) < 0.01  # 61 rows split unevenly
         gathered = [None, None]
@@ -746,7 +831,7 @@ def fsdp_rank(rank: int, folder: str) -> None:
 
 
 def leave_as_programs_do(rank: int, work, folder: str) -> None:
-    """work(rank, folder), then out before gloo's threads can abort the process while the interpreter goes down."""
+    """work(rank, folder), then out before gloo's threads can abort the process as the interpreter ends."""
     import midtrain
 
     with midtrain.clean_exit():
