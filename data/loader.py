@@ -1,13 +1,13 @@
 """(mixture, seed, step, rank) → a packed batch. No iterator, no state: resuming is a step number.
 
-The global batch of step s is sequences s·B … s·B + B-1 of one endless order, which is a pure function of the mixture and
-the seed; rank r of w takes the r-th of w equal slices. So the order is the same on any number of ranks.
+The global batch of step s is sequences s·B … s·B + B-1 of one endless order, which is a pure function of the
+mixture and the seed; rank r of w takes the r-th of w equal slices. So any number of ranks has the same order.
 
-1. Mixture: the order is made of blocks, each the smallest number of sequences in which every weight is a whole count
-   (20 for 0.85 / 0.10 / 0.05). Inside a block the sources come in a random order, in exactly these counts.
-2. Inside a source: its sequences in a random order, each once before any comes again; each epoch has its own order.
-3. Randomness is a hash of (seed, where), never a generator that is drawn from, so it can be entered anywhere, and does
-   not change with numpy's version.
+1. Mixture: the order is made of blocks, each the smallest number of sequences in which all weights are whole
+   counts (20 for 0.85 / 0.10 / 0.05). A block has the sources in these counts, in a random order.
+2. Inside a source: its sequences in a random order, each once before any comes again; epochs differ in order.
+3. Randomness is a hash of (seed, where), never a generator that is drawn from: it can be entered anywhere. It
+   does not change with numpy's version.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import tokenizer
-from data.shards import Shard, read_index
+from data.shards import AGAIN, Shard, read_index
 
 LARGEST_BLOCK = 10_000  # a weight that is no whole count in any block up to here is rounded to 1/10,000
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """tokens, targets, doc_start (B, T) and source (B,), all int64.
 
     targets: the next token; -1 where there is none to learn: after the end-of-text token, and in padding.
-    doc_start: for each token the index, in its row, of its document's first token (0 if that lies in an earlier row).
+    doc_start: of each token's document, the first token's index in the row (0 if it lies in an earlier row).
     source: index into Loader.names.
     """
 
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of a prepared folder. mixture: {source: weight}; batch_size B counts the sequences of all ranks.
+    """Batches of a prepared folder. mixture: {source: weight}; batch_size B: sequences of all ranks.
 
     Raises ValueError or FileNotFoundError for a folder, a mixture or a length that does not fit.
     """
@@ -47,7 +47,7 @@ class Loader:
         self.names, self.seq_len, self.batch_size, self.seed = tuple(mixture), seq_len, batch_size, seed
         self.train, self.val = _open_shards(Path(data_dir), mixture, seq_len)
         self.counts = block_counts(mixture)  # (sources,) sequences of each in a block
-        self.sizes = np.array([_sequences(shard, seq_len) for shard in self.train])  # (sources,) sequences there are
+        self.sizes = np.array([_sequences(shard, seq_len) for shard in self.train])  # (sources,)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Rank's B / world rows of the batch of this step."""
@@ -73,7 +73,7 @@ class Loader:
         keys = _hash(self.seed, 0, blocks[:, None] * size + np.arange(size))  # (blocks, size)
         sources = np.repeat(np.arange(len(self.counts)), self.counts)  # (size,) a block before it is shuffled
         shuffled = sources[np.argsort(keys, axis=1, kind="stable")]  # (blocks, size)
-        # How many of the same source stand before a place of its block: number each source's places from the left.
+        # How many of its source stand before a place of the block: number each source's places from the left.
         before = np.empty_like(shuffled)
         numbers = np.concatenate([np.arange(count) for count in self.counts])[None]  # (1, size)
         np.put_along_axis(before, np.argsort(shuffled, axis=1, kind="stable"), numbers, axis=1)
@@ -88,30 +88,29 @@ class Loader:
         return dict(zip(self.names, seen.tolist(), strict=True))
 
     def validation(self, batches: int, rank: int = 0, world: int = 1) -> Iterator[tuple[str, Batch]]:
-        """(source, batch) over the beginning of each source's held-out shard, at most `batches` for each source.
-
-        Every rank gets equally many batches of equal shape: where a shard ends, rows are filled with no targets.
-        """
+        """(source, batch) over the beginning of each source's held-out shard, at most `batches` per source.
+        Every rank gets as many batches, of the same shape: behind a shard's end are rows without targets."""
         rows = self._rows(world)
         for s, (name, shard) in enumerate(zip(self.names, self.val, strict=True)):
             total = _sequences(shard, self.seq_len)
             for first in range(0, min(total, batches * self.batch_size), self.batch_size):
                 sequence = np.arange(rows) + first + rank * rows
-                batch = _assemble([shard] * rows, np.minimum(sequence, total - 1), np.full(rows, s), self.seq_len)
+                inside = np.minimum(sequence, total - 1)
+                batch = _assemble([shard] * rows, inside, np.full(rows, s), self.seq_len)
                 batch.targets[torch.from_numpy(sequence >= total)] = -1
                 yield name, batch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The order
 
 
 def block_counts(mixture: dict[str, float]) -> np.ndarray:
-    """Sequences of each source in the smallest block where all counts are whole, or nearly so (largest remainders)."""
+    """Sequences of each source in the smallest block with whole counts; else of the largest, rounded."""
     weights = np.array(list(mixture.values()), float)
     if not mixture or not (weights.min() >= 0 and abs(weights.sum() - 1) <= 1e-6):
-        terms = " + ".join(f"{name} {weight:g}" for name, weight in mixture.items())
-        raise ValueError(f"the weights of a mixture must be 0 or more and sum to 1, not {weights.sum():g}: {terms}")
+        terms, total = " + ".join(f"{name} {weight:g}" for name, weight in mixture.items()), weights.sum()
+        raise ValueError(f"the weights of a mixture must be 0 or more and sum to 1, not {total:g}: {terms}")
     sizes = np.arange(1, LARGEST_BLOCK + 1)
     error = np.abs(sizes[:, None] * weights - np.rint(sizes[:, None] * weights)).max(axis=1)
     whole = np.flatnonzero(error < 1e-9 * sizes)
@@ -124,7 +123,7 @@ def block_counts(mixture: dict[str, float]) -> np.ndarray:
 
 
 def _hash(*parts) -> np.ndarray:
-    """Integers (broadcast against each other) → uint64 that look random: the finaliser of splitmix64, once per part."""
+    """Integers (broadcast against each other) → uint64 that look random: splitmix64's finaliser, per part."""
     out = np.zeros(1, np.uint64)
     for part in parts:
         out = (out ^ np.asarray(part).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
@@ -137,8 +136,8 @@ def _hash(*parts) -> np.ndarray:
 def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     """A bijection of 0 … size-1 for each key, without a table: all three (n,).
 
-    A Feistel network on pairs (left, right) below √size: each round adds a hash of one half to the other, which can be
-    undone whatever the hash is. Pairs that encode a number ≥ size are sent through again until they do not.
+    A Feistel network on pairs (left, right) below √size: each round adds a hash of one half to the other,
+    which can be undone whatever the hash is. A pair that encodes a number ≥ size goes through again.
     """
     side = np.ceil(np.sqrt(size)).astype(np.int64)
     y = x.copy()
@@ -152,27 +151,26 @@ def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     return y
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The rows
 
 
 def _open_shards(folder: Path, mixture: dict, seq_len: int) -> tuple[list[Shard], list[Shard]]:
     index = read_index(folder)
     if index is None:
-        raise FileNotFoundError(f"{folder} holds no prepared data (no index.json): run python -m data.prepare")
+        raise FileNotFoundError(f"{folder} has no prepared data (no index.json): run python -m data.prepare")
     if unknown := [name for name in mixture if name not in index["sources"]]:
         raise ValueError(f"{folder} has no source {unknown[0]!r} (it has: {', '.join(index['sources'])})")
     expected = tokenizer.load(folder).hash
     train, val = ([Shard(folder / f"{name}.{split}.bin") for name in mixture] for split in ("train", "val"))
     for shard in train + val:
         if shard.header["tokenizer"] != expected:
-            raise ValueError(
-                f"{shard.path} was made with another tokenizer than {folder}'s: delete its folder and prepare again"
-            )
+            raise ValueError(f"{shard.path} was made with another tokenizer than {folder}'s: {AGAIN}")
         if shard.kind == "document" and shard.seq_len != seq_len:
             raise ValueError(f"{shard.path} is packed for sequences of {shard.seq_len} tokens, not {seq_len}")
         if _sequences(shard, seq_len) == 0:
-            raise ValueError(f"{shard.path} has {len(shard.tokens)} tokens, less than a sequence of {seq_len}")
+            size = len(shard.tokens)
+            raise ValueError(f"{shard.path} has {size} tokens, less than a sequence of {seq_len}")
     return train, val
 
 

@@ -1,130 +1,148 @@
 r"""What is mixed in which stage: plain tables, to be read and edited.
 
-STAGES[world][stage] = {source: weight}; a weight is the source's share of the sequences, that is of the input tokens.
-SOURCES[world][source] says how a source fills a sequence:
+STAGES[corpus][stage] = {source: weight}; a weight is a share of the sequences, that is of the input tokens.
+KINDS[corpus][source] says how the documents of a source fill a sequence:
 
     "text"      running text: one stream of tokens, sliced wherever a sequence is full
-    "document"  question and answer, chain of thought, conversation: kept whole, packed, cut only if longer than a sequence
+    "document"  question and answer, chain of thought, conversation: packed, each whole if it fits
 
-There are three worlds. "paper" is the recipe of OctoThinker (arXiv 2506.20512, tables of section 4 and the appendix), with
-where on the Hugging Face hub each corpus lives. "tiny" is the same recipe on the generated world (data/synth.py).
-"real" is the same recipe on public files in a folder of the reader's own.
+There are three corpora. "paper" is the recipe of OctoThinker (arXiv 2506.20512, tables of section 4 and the
+appendix), with the places of its sources on the Hugging Face hub. "tiny" is the same recipe on the generated
+corpus (data/synth.py), "real" the same recipe on public files in a folder of your own (data/README.md).
 """
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
-STAGE_NAMES = ("base", "stable", "long", "short", "hybrid")  # the base stage stands in for Llama's own pre-training
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The paper's (base = a released Llama, so there is no mixture for it)
+STAGE_NAMES = ("base", "stable", "long", "short", "hybrid")  # base stands in for Llama's own pre-training
 
 
 class SourceSpec(NamedTuple):
     """Where the documents of a source come from, and what they look like."""
 
     format: str  # a key of FORMATS
-    files: tuple[str, ...] = ()  # .jsonl, .jsonl.gz, .parquet inside the data folder; read in turns, a row of each
+    files: tuple[str, ...] = ()  # in the data folder; read in turns, one row of each at a time
     hub: str = ""  # or a data set of the Hugging Face hub
     part: str = ""  # of which a configuration, or files: a path with * in it
     split: str = "train"
 
+    @property
+    def kind(self) -> str:
+        return "text" if self.format == "text" else "document"
 
-PAPER_CORPORA = {
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's corpus (base = a released Llama, so there is no mixture for it)
+
+MEGAMATH = "LLM360/MegaMath"
+PAPER_SOURCES = {
     "web_pro_max": SourceSpec("text", hub="OctoThinker/MegaMath-Web-Pro-Max"),
-    "web_pro": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-web-pro/**/*.parquet"),
+    "web_pro": SourceSpec("text", hub=MEGAMATH, part="megamath-web-pro/**/*.parquet"),
     "dclm": SourceSpec("text", hub="mlfoundations/dclm-baseline-1.0"),
-    "text_code": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-text-code-block/**/*.parquet"),
-    "code": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-code/**/*.parquet"),
-    "translated_code": SourceSpec("text", hub="LLM360/MegaMath", part="megamath-translated-code/**/*.parquet"),
-    "megamath_qa": SourceSpec("qa", hub="LLM360/MegaMath", part="megamath-qa/**/*.parquet"),
+    "text_code": SourceSpec("text", hub=MEGAMATH, part="megamath-text-code-block/**/*.parquet"),
+    "code": SourceSpec("text", hub=MEGAMATH, part="megamath-code/**/*.parquet"),
+    "translated_code": SourceSpec("text", hub=MEGAMATH, part="megamath-translated-code/**/*.parquet"),
+    "megamath_qa": SourceSpec("qa", hub=MEGAMATH, part="megamath-qa/**/*.parquet"),
     "open_r1": SourceSpec("long_cot", hub="open-r1/OpenR1-Math-220k", part="default"),
-    "am_distilled": SourceSpec("long_cot", hub="a-m-team/AM-DeepSeek-R1-Distilled-1.4M", part="am_*.jsonl.zst"),
+    "am_distilled": SourceSpec(
+        "long_cot", hub="a-m-team/AM-DeepSeek-R1-Distilled-1.4M", part="am_*.jsonl.zst"
+    ),
     "open_math_instruct": SourceSpec("qa", hub="nvidia/OpenMathInstruct-2"),
     "numina": SourceSpec("qa", hub="AI-MO/NuminaMath-1.5"),
     # The paper gives instruction data one weight for three sets; how it is split among them is not published.
     "tulu": SourceSpec("chat", hub="allenai/tulu-3-sft-personas-instruction-following"),
     "wildchat": SourceSpec("chat", hub="allenai/WildChat"),
     "ultrachat": SourceSpec("chat", hub="HuggingFaceH4/ultrachat_200k", split="train_sft"),
-    "finemath_4plus": SourceSpec("text", hub="HuggingFaceTB/finemath", part="finemath-4plus"),  # finding F1 only
+    "finemath_4plus": SourceSpec("text", hub="HuggingFaceTB/finemath", part="finemath-4plus"),  # finding F1
 }
 
 _DECAY = {"web_pro": 0.55, "dclm": 0.05, "tulu": 0.034, "wildchat": 0.033, "ultrachat": 0.033}
 PAPER = {
     "stable": {
-        "web_pro_max": 0.725, "dclm": 0.10, "text_code": 0.10, "megamath_qa": 0.05, "code": 0.0125,
-        "translated_code": 0.0125,
+        "web_pro_max": 0.725, "dclm": 0.10, "text_code": 0.10, "megamath_qa": 0.05,
+        "code": 0.0125, "translated_code": 0.0125,
     },
     "long": _DECAY | {"open_r1": 0.15, "am_distilled": 0.15},
     "short": _DECAY | {"megamath_qa": 0.025, "open_math_instruct": 0.175, "numina": 0.10},
     "hybrid": _DECAY | {"open_r1": 0.10, "open_math_instruct": 0.10, "numina": 0.10},
-}  # fmt: skip
+}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The generated world's: web, code and text-code blocks become "web"; short and long chains of thought are one source each
+# ------------------------------------------------------------------------------------------------------------
+# The generated corpus: web, code and text-code blocks become "web"; short and long chains of thought are one
+# source each. "noisy" takes the place of "web" when the quality of the web text is what is studied.
 
 TINY = {
     "base": {"general": 1.0},
     "stable": {"web": 0.85, "general": 0.10, "short_cot": 0.05},
-    "long": {"web": 0.55, "general": 0.05, "instruct": 0.10, "long_cot": 0.30},
-    "short": {"web": 0.55, "general": 0.05, "instruct": 0.10, "short_cot": 0.30},
-    "hybrid": {"web": 0.55, "general": 0.05, "instruct": 0.10, "long_cot": 0.10, "short_cot": 0.20},
-}  # "noisy" takes the place of "web" when the quality of the web text is what is studied
+    "long": {"web": 0.55, "general": 0.05, "instruct": 0.1, "long_cot": 0.3},
+    "short": {"web": 0.55, "general": 0.05, "instruct": 0.1, "short_cot": 0.3},
+    "hybrid": {"web": 0.55, "general": 0.05, "instruct": 0.1, "long_cot": 0.1, "short_cot": 0.2},
+}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Public files', in a folder laid out as in the README
+# ------------------------------------------------------------------------------------------------------------
+# Public files, in a folder laid out as in data/README.md
 
 REAL = {
     "base": {"general_text": 1.0},
     "stable": {"math_text": 0.85, "general_text": 0.10, "short_cot": 0.05},
-    "long": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.10, "long_cot": 0.30},
-    "short": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.10, "short_cot": 0.30},
-    "hybrid": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.10, "long_cot": 0.10, "short_cot": 0.20},
+    "long": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.1, "long_cot": 0.3},
+    "short": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.1, "short_cot": 0.3},
+    "hybrid": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.1, "long_cot": 0.1, "short_cot": 0.2},
 }
 
-
-REAL_CORPORA = {
+REAL_SOURCES = {
     "math_text": SourceSpec("text", (
         "math_text/openstax.jsonl.gz", "math_text/books.jsonl.gz", "math_text/planetmath.jsonl.gz",
         "math_text/stackmathqa_part.jsonl", "math_text/openstax_exercises.jsonl",
     )),
-    "general_text": SourceSpec("text", ("general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz")),
+    "general_text": SourceSpec("text", (
+        "general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz",
+    )),
     "short_cot": SourceSpec("qa", ("gsm8k/train.jsonl", "math/train.jsonl")),
     "long_cot": SourceSpec("long_cot", ("cot/long_cot_mip.jsonl.gz",)),
     "instruct": SourceSpec("chat", (
         "instruct/dolly.jsonl.gz", "instruct/self_instruct_seed.jsonl", "instruct/llms_from_scratch.jsonl",
     )),
-}  # fmt: skip
+}
 # No training text may contain one of their problems (13 words in a row), where they are in the data folder.
 EVALUATION_FILES = ("gsm8k/test.jsonl", "math/test.jsonl", "eval/*.jsonl")
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# All three corpora
 
-# Single-factor comparisons (the paper, section 3; its findings F1, F2, F3, F6): one stage on one mixture, from the base.
-# python midtrain.py --branch controlled --mix NAME
+STAGES = {"paper": PAPER, "tiny": TINY, "real": REAL}
+CORPORA = {"paper": PAPER_SOURCES, "real": REAL_SOURCES}
+KINDS = {corpus: {name: spec.kind for name, spec in specs.items()} for corpus, specs in CORPORA.items()}
+KINDS["tiny"] = dict.fromkeys(("general", "web", "noisy"), "text")
+KINDS["tiny"] |= dict.fromkeys(("short_cot", "long_cot", "instruct"), "document")
+
+# Comparisons of a single factor (the paper, section 3; its findings F1, F2, F3, F6): one stage on one mixture
+# from the base. python midtrain.py --branch controlled --mix NAME
 
 
-def _controlled(web: str, short: str, long: str, chat: str) -> dict:
+def _controlled(web: str, short: str, long: str, chat: str) -> dict[str, dict]:
     mixtures = {
         "qa_short": {web: 0.9, short: 0.1}, "qa_long": {web: 0.9, long: 0.1},
-        "instruct_short": {chat: 0.01, web: 0.89, short: 0.10}, "instruct_long": {chat: 0.01, web: 0.89, long: 0.10},
-    }  # fmt: skip
-    return mixtures | {f"qa_{share}": {web: 1 - share / 100, long: share / 100} for share in (10, 20, 30, 40)}
+        "instruct_short": {chat: 0.01, web: 0.89, short: 0.10},
+        "instruct_long": {chat: 0.01, web: 0.89, long: 0.10},
+    }
+    return mixtures | {f"qa_{x}": {web: 1 - x / 100, long: x / 100} for x in (10, 20, 30, 40)}
 
 
 CONTROLLED = {
     "paper": _controlled("web_pro_max", "open_math_instruct", "open_r1", "tulu")
     | {name: {name: 1.0} for name in ("finemath_4plus", "web_pro", "web_pro_max")},
-    "tiny": _controlled("web", "short_cot", "long_cot", "instruct") | {name: {name: 1.0} for name in ("web", "noisy")},
+    "tiny": _controlled("web", "short_cot", "long_cot", "instruct") | {x: {x: 1.0} for x in ("web", "noisy")},
     "real": _controlled("math_text", "short_cot", "long_cot", "instruct") | {"web": {"math_text": 1.0}},
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a row becomes. Columns go by several names in public sets; a row without any of them is a KeyError that lists its own.
+# ------------------------------------------------------------------------------------------------------------
+# What a row becomes. Columns go by several names in public sets; a row without any of them is a KeyError that
+# lists its own.
 
 
 def column(row: dict, *names: str):
+    """The first of these columns that has a value; "" if they have none."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -141,7 +159,7 @@ def running_text(row: dict) -> str:
 
 
 def question_answer(row: dict) -> str | None:
-    r"""Problem, newline, solution with its final \boxed{answer}; GSM8K's calculator marks <<48/2=24>> are dropped."""
+    r"""Problem, newline, solution with its final \boxed{answer}, without GSM8K's marks (<<48/2=24>>)."""
     if "text" in row:  # MegaMath-QA is written out already
         return row["text"]
     solution = re.sub(r"<<.*?>>", "", column(row, "solution", "generated_solution", "response")).strip()
@@ -154,13 +172,12 @@ def question_answer(row: dict) -> str | None:
 
 
 def long_thought(row: dict) -> str | None:
-    """Question, newline, <think>…</think> and the answer. Of several generations the first that was found right; None
-    where none was."""
+    """Question, newline, <think>…</think>, answer. Of several generations the first correct one, or None."""
     if "messages" in row and "problem" not in row:
         question, thought = (row["messages"][i]["content"] for i in (-2, -1))
     elif "generations" in row:
-        right = row.get("correctness_math_verify") or row.get("correctness_llama") or []
-        thought = next((text for text, ok in zip(row["generations"], right) if ok), None)
+        correct = row.get("correctness_math_verify") or row.get("correctness_llama") or []
+        thought = next((text for text, ok in zip(row["generations"], correct) if ok), None)
         question = row["problem"]
     else:
         question, thought = column(row, "problem", "question"), column(row, "response", "generation")
@@ -168,7 +185,7 @@ def long_thought(row: dict) -> str | None:
 
 
 def conversation(row: dict) -> str | None:
-    """User:… and Assistant:… in turns. None for a model that is not of GPT-4's class, where the row names one."""
+    """User:… and Assistant:… in turns. None where the row names a model that is not of GPT-4's class."""
     if not (row.get("model") or "gpt-4").startswith("gpt-4"):
         return None
     if "instruction" in row:
@@ -180,24 +197,4 @@ def conversation(row: dict) -> str | None:
     return "\n".join(f"{name}:{text.strip()}" for name, text in turns if name)
 
 
-FORMATS: dict[str, Callable[[dict], str | None]] = {
-    "text": running_text, "qa": question_answer, "long_cot": long_thought, "chat": conversation,
-}  # fmt: skip
-
-
-def kind(corpus: SourceSpec) -> str:
-    """How a source of this format fills a sequence."""
-    return "text" if corpus.format == "text" else "document"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-STAGES = {"paper": PAPER, "tiny": TINY, "real": REAL}
-CORPORA = {"paper": PAPER_CORPORA, "real": REAL_CORPORA}
-SOURCES = {
-    "tiny": {
-        "general": "text", "web": "text", "noisy": "text",
-        "short_cot": "document", "long_cot": "document", "instruct": "document",
-    },
-    **{world: {name: kind(corpus) for name, corpus in corpora.items()} for world, corpora in CORPORA.items()},
-}  # fmt: skip
+FORMATS = {"text": running_text, "qa": question_answer, "long_cot": long_thought, "chat": conversation}

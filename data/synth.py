@@ -1,19 +1,19 @@
-"""The generated world: small stories about who has how many of what, and every kind of text that the recipe needs.
+"""The generated corpus: small stories about who has how many of what, as every kind of text in the recipe.
 
-One generator makes problems; everything else is a way of writing about them. A problem is a list of statements, each
-of which changes or defines somebody's count, and a question. Its *structure* is what is left when names, things,
-numbers and wording are taken away: which relations follow on each other, between whom, and what is asked. Structures
-are split by hash into train, val and test, and all text of a split (lessons, chains of thought, conversations) is made
-of its own structures only. So a test problem is new by construction, not only in its words, and a model that memorised
-templates fails on it: it has to follow statements that it never saw in this order.
+One generator makes problems; everything else is a way of writing about them. A problem is a list of
+statements about somebody's count, and a question. Its *structure* is what is left without names, things,
+numbers and wording: which relations follow on each other, between whom, and what is asked. Structures are
+split by hash into train, val and test, and all text of a split is made of its own structures only. So a test
+problem is new by construction, not only in its words. A model that memorised templates fails on it: it has to
+follow statements that it never saw in this order.
 
 Sources, and what each stands for in the paper's recipe:
-    general    thin mathematics in a lot of talk; answers are stated without steps      (Llama's pre-training)
-    web        lessons and worked examples in prose, arithmetic drill                  (MegaMath-Web-Pro-Max)
-    noisy      the same with menus, broken lines and wrong results                     (an unrefined web corpus)
-    short_cot  problem, the steps, \\boxed{answer}                                      (OpenMathInstruct, NuminaMath)
+    general    thin mathematics in a lot of talk; answers are stated without steps (Llama's pre-training)
+    web        lessons and worked examples in prose, arithmetic drill (MegaMath-Web-Pro-Max)
+    noisy      the same with menus, broken lines and wrong results (an unrefined web corpus)
+    short_cot  problem, the steps, \\boxed{answer} (OpenMathInstruct, NuminaMath)
     long_cot   problem, <think> explore, slip, notice, correct, check </think>, answer (R1-style distillation)
-    instruct   User / Assistant turns                                                  (Tulu 3, WildChat, UltraChat)
+    instruct   User / Assistant turns (Tulu 3, WildChat, UltraChat)
 
     python -m data.synth --source long_cot -n 3      # prints documents
     python -m data.synth --problems test -n 5        # prints problems
@@ -23,6 +23,9 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+
+from data.files import ArgumentParser, run_cli
 
 SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct")
 SPLITS = ("train", "val", "test")
@@ -30,18 +33,19 @@ MAX_LEVEL = 5  # arithmetic steps in a problem
 MAX_COUNT = 40  # nobody ever has more
 
 NAMES = """
-    Anna Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Umar Vera Will Yara Zoe
+    Anna Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Umar Vera Will
+    Yara Zoe
 """.split()
 THINGS = """
-    apples books cards coins cups eggs flags hats keys kites lemons maps nuts pears pens plums rings shells stamps cans
+    apples books cards coins cups eggs flags hats keys kites lemons maps nuts pears pens plums rings shells
+    stamps cans
 """.split()
-PLACES = "the garden, the market, the school, the river, the old mill, the harbour, the library, the hill".split(", ")
+PLACES = [f"the {x}" for x in "garden,market,school,river,old mill,harbour,library,hill".split(",")]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Relations: wordings of a statement, and what it does to the counts
-#
-# {A} is somebody already in the story, {B} the one who is introduced or changed, {C} a third; {n} and {m} are numbers,
-# {t} things.
+# ------------------------------------------------------------------------------------------------------------
+# Relations: wordings of a statement, and what it does to the counts.
+# {A} is somebody already in the story, {B} the one who is introduced or changed, {C} a third; {n} and {m} are
+# numbers, {t} things.
 
 WORDINGS = {
     "more": ("{B} has {n} more {t} than {A}.", "{B} has {n} {t} more than {A} has."),
@@ -62,19 +66,19 @@ QUESTIONS = {
 
 # What is known before a step, by relation and operation: a and b are its two numbers
 FACTS = {
-    ("more", "+"): "{B} has {b} more than {A}, {A} has {a}.", ("fewer", "-"): "{B} has {b} fewer than {A}, {A} has {a}.",
+    ("more", "+"): "{B} has {b} more than {A}, {A} has {a}.", ("lose", "-"): "{B} has {a}, loses {b}.",
+    ("fewer", "-"): "{B} has {b} fewer than {A}, {A} has {a}.", ("gain", "+"): "{B} has {a}, gets {b}.",
     ("times", "*"): "{B} has {b} times {A}, {A} has {a}.", ("half", "/"): "{B} has half of {A}, {A} has {a}.",
-    ("both", "+"): "{B} has {A} and {C}, {A} has {a}, {C} has {b}.", ("gain", "+"): "{B} has {a}, gets {b}.",
-    ("lose", "-"): "{B} has {a}, loses {b}.", ("boxes", "*"): "{B} gets {a} of {b}.",
-    ("boxes", "+"): "{B} has {a}, gets {b}.", ("give", "-"): "{B} has {a}, gives {b}.",
-    ("give", "+"): "{B} has {a}, gets {b}.",
+    ("both", "+"): "{B} has {A} and {C}, {A} has {a}, {C} has {b}.",
+    ("boxes", "*"): "{B} gets {a} of {b}.", ("boxes", "+"): "{B} has {a}, gets {b}.",
+    ("give", "-"): "{B} has {a}, gives {b}.", ("give", "+"): "{B} has {a}, gets {b}.",
     ("total", "+"): "{B} has {a}, {A} has {b}.", ("difference", "-"): "{B} has {a}, {A} has {b}.",
-}  # fmt: skip
+}
 
 
 @dataclass
 class Step:
-    """One arithmetic step: `who` gets `a op b = result`. `why` is its relation, `facts` what is known before it."""
+    """One arithmetic step: `who` gets `a op b = result`. `why`: relation; `facts`: what is known before."""
 
     who: str
     a: int
@@ -87,7 +91,7 @@ class Step:
 
 @dataclass
 class Problem:
-    """A story, its question, the steps that solve it, and its structure: relations and roles, no words or numbers."""
+    """A story, its question, the steps that solve it, and its structure: relations and roles, no words."""
 
     sentences: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -116,9 +120,7 @@ class _Story:
     """A problem in the making: people in order of appearance and what each has."""
 
     def __init__(self, rng: random.Random):
-        self.rng = rng
-        self.names = rng.sample(NAMES, 5)
-        self.thing = rng.choice(THINGS)
+        self.rng, self.names, self.thing = rng, rng.sample(NAMES, 5), rng.choice(THINGS)
         self.counts: list[int] = []
         self.sentences: list[str] = []
         self.steps: list[Step] = []
@@ -141,7 +143,7 @@ class _Story:
         return result
 
     def relate(self, room: int) -> None:
-        """One more statement that costs at most `room` steps; none if what is drawn does not fit the counts."""
+        """One more statement that costs at most `room` steps; none if what is drawn does not fit."""
         rng, counts = self.rng, self.counts
         kind = rng.choice(list(WORDINGS))
         new = len(counts)
@@ -153,16 +155,12 @@ class _Story:
         c = next((x for x in range(new) if x != a), None)
         if kind == "give":
             a, b = (a, c) if rng.random() < 0.5 else (c, a)
+        count = counts[a or 0]
         fits = {
-            "more": new < 4,
-            "fewer": new < 4 and counts[a or 0] > n,
-            "times": new < 4 and counts[a or 0] * n <= MAX_COUNT,
-            "half": new < 4 and counts[a or 0] % 2 == 0 and counts[a or 0] > 2,
-            "both": new < 4 and c is not None,
-            "gain": True,
-            "lose": counts[a or 0] > n,
-            "boxes": room >= 2,
-            "give": room >= 2 and c is not None and counts[a or 0] > n,
+            "more": new < 4, "fewer": new < 4 and count > n, "times": new < 4 and count * n <= MAX_COUNT,
+            "half": new < 4 and count % 2 == 0 and count > 2, "both": new < 4 and c is not None,
+            "gain": True, "lose": count > n, "boxes": room >= 2,
+            "give": room >= 2 and c is not None and count > n,
         }
         if not fits[kind]:
             return
@@ -206,15 +204,11 @@ def _draw(rng: random.Random, level: int) -> Problem | None:
     kind = rng.choices(list(QUESTIONS), (0.6, 0.25, 0.15))[0]
     extra = 0 if kind == "count" else 1  # a question about two people is a step of its own
     for _ in range(20):
-        room = level - extra - len(story.steps)
-        if room == 0:
-            break
-        story.relate(room)
-    if len(story.steps) != level - extra:
-        return None
+        if room := level - extra - len(story.steps):
+            story.relate(room)
     last = story.touched
     others = [x for x in range(len(story.counts)) if x != last]
-    if extra and not others:
+    if len(story.steps) != level - extra or (extra and not others):
         return None
     other = rng.choice(others) if extra else last
     if kind == "difference":
@@ -223,16 +217,14 @@ def _draw(rng: random.Random, level: int) -> Problem | None:
         last, other = sorted((last, other), key=lambda x: -story.counts[x])
     counts, names = story.counts, story.names
     answer = counts[last]
-    if kind == "total":
-        answer = story.step(last, counts[last], "+", counts[other], "total", other)
-    elif kind == "difference":
-        answer = story.step(last, counts[last], "-", counts[other], "difference", other)
+    if extra:
+        answer = story.step(last, answer, "+" if kind == "total" else "-", counts[other], kind, other)
     question = rng.choice(QUESTIONS[kind]).format(A=names[last], B=names[other], t=story.thing)
     structure = " ".join(story.roles + [f"{kind}{last}{other}"])
     return Problem(story.sentences, story.steps, structure, answer, question, story.thing, names[last])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Solutions: short chains of thought, long ones, and prose
 
 
@@ -245,22 +237,17 @@ def conclude(p: Problem) -> str:
 
 
 def short_steps(p: Problem) -> str:
-    """One clause a step: who, and the equation."""
+    """One clause per step: who, and the equation."""
     parts = []
     for s in p.steps:
-        if s.why == "boxes" and s.op == "*":
-            parts.append(f"New: {equation(s)}.")
-        elif s.why == "total":
-            parts.append(f"Together: {equation(s)}.")
-        elif s.why == "difference":
-            parts.append(f"Difference: {equation(s)}.")
-        else:
-            parts.append(f"{s.who} has {equation(s)}.")
+        lead = {"total": "Together:", "difference": "Difference:"}.get(s.why, f"{s.who} has")
+        new = s.why == "boxes" and s.op == "*"
+        parts.append(f"{'New:' if new else lead} {equation(s)}.")
     return " ".join(parts)
 
 
 def work_out(a: int, op: str, b: int) -> str:
-    """a op b in pieces that are each within reach of one look: sums and differences by way of the ten between."""
+    """a op b in pieces, each within reach of one look: sums and differences by way of the ten between."""
     ten = (a + b) // 10 * 10 if op == "+" else a // 10 * 10
     if op == "+" and a < ten < a + b and b < 10:
         return f"{a}+{ten - a}={ten}, {ten}+{a + b - ten}={a + b}"
@@ -279,7 +266,7 @@ def check(s: Step, r: int) -> tuple[str, int]:
 
 
 def slipped(rng: random.Random, s: Step) -> int:
-    """A plausible wrong result: a forgotten carry, one off, the wrong operation; one factor too many in a product."""
+    """A plausible wrong result: a forgotten carry, one off, the wrong operation, a factor too many."""
     if s.op == "*":
         return s.result + rng.choice((-s.b, s.b))  # so that the check backwards still divides evenly
     wrong = rng.choice((s.result + 10, s.result - 10, s.result + 1, s.result - 1, s.a + s.b, abs(s.a - s.b)))
@@ -287,8 +274,8 @@ def slipped(rng: random.Random, s: Step) -> int:
 
 
 def long_thoughts(rng: random.Random, p: Problem, slip_rate: float = 0.1) -> str:
-    """The same steps, thought aloud, a line each: what is known, the step in pieces, a check backwards; and slips, which
-    the check brings to light and a second attempt mends."""
+    """The same steps, thought aloud, one line each: what is known, the step in pieces, a check backwards.
+    Some steps slip: the check brings that to light, and a second attempt mends it."""
     lines = []
     for s in p.steps:
         task = f"{s.a}{s.op}{s.b}"
@@ -302,25 +289,21 @@ def long_thoughts(rng: random.Random, p: Problem, slip_rate: float = 0.1) -> str
     return "\n".join(lines)
 
 
-def long_solution(rng: random.Random, p: Problem) -> str:
-    return f"<think>\n{long_thoughts(rng, p)}\n</think>\n{conclude(p)}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Documents
 
 
 def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:
     """Endless documents of a source: the same for the same (source, seed, split), whatever else is drawn."""
     if source not in SOURCES:
-        raise ValueError(f'unknown source "{source}" of the generated world; valid: {", ".join(SOURCES)}')
+        raise ValueError(f'unknown source "{source}" of the generated corpus; valid: {", ".join(SOURCES)}')
     if split not in SPLITS:
         raise ValueError(f'unknown split "{split}"; valid: {", ".join(SPLITS)}')
     rng = random.Random(f"{source}/{seed}/{split}")
     write = {
         "general": _general, "web": _web, "noisy": _noisy,
         "short_cot": _short_cot, "long_cot": _long_cot, "instruct": _instruct,
-    }[source]  # fmt: skip
+    }[source]
     while True:
         yield write(rng, split)
 
@@ -330,11 +313,11 @@ def _level(rng: random.Random) -> int:
 
 
 # How collections of worked problems write them down, and how often
-FORMATS = {"{q}\n{a}": 0.7, "Question: {q}\nAnswer: {a}": 0.2, "Question:\n{q}\nAnswer:\n{a}": 0.1}
+LAYOUTS = {"{q}\n{a}": 0.7, "Question: {q}\nAnswer: {a}": 0.2, "Question:\n{q}\nAnswer:\n{a}": 0.1}
 
 
 def _written(rng: random.Random, question: str, solution: str) -> str:
-    return rng.choices(list(FORMATS), FORMATS.values())[0].format(q=question, a=solution)
+    return rng.choices(list(LAYOUTS), LAYOUTS.values())[0].format(q=question, a=solution)
 
 
 def _short_cot(rng: random.Random, split: str) -> str:
@@ -344,7 +327,7 @@ def _short_cot(rng: random.Random, split: str) -> str:
 
 def _long_cot(rng: random.Random, split: str) -> str:
     p = make_problem(rng, _level(rng), split)
-    return _written(rng, p.text, long_solution(rng, p))
+    return _written(rng, p.text, f"<think>\n{long_thoughts(rng, p)}\n</think>\n{conclude(p)}")
 
 
 def _chatter(rng: random.Random) -> str:
@@ -353,9 +336,10 @@ def _chatter(rng: random.Random) -> str:
     place, thing = rng.choice(PLACES), rng.choice(THINGS)
     return rng.choice((
         f"{a} and {b} walk to {place}.", f"It is a fine day at {place}.", f"{a} likes {thing} very much.",
-        f"The {thing} are for {b}.", f"{a} waits for {b} near {place}.", f"In the evening {a} tells {b} about {place}.",
-        f"Nobody at {place} has seen the {thing}.", f"{b} puts the {thing} on the table.",
-    ))  # fmt: skip
+        f"The {thing} are for {b}.", f"{a} waits for {b} near {place}.",
+        f"In the evening {a} tells {b} about {place}.", f"Nobody at {place} has seen the {thing}.",
+        f"{b} puts the {thing} on the table.",
+    ))
 
 
 def _general(rng: random.Random, split: str) -> str:
@@ -365,11 +349,12 @@ def _general(rng: random.Random, split: str) -> str:
         return " ".join(_chatter(rng) for _ in range(rng.randint(3, 7)))
     p = make_problem(rng, rng.choice((1, 1, 2, 3)), split)
     if kind < 0.6:
-        end = f"So {p.asked} has {p.answer} {p.thing}." if p.question.startswith(f"How many {p.thing} does") else ""
+        asks_count = p.question.startswith(f"How many {p.thing} does")
+        end = f"So {p.asked} has {p.answer} {p.thing}." if asks_count else ""
         return " ".join([_chatter(rng), *p.sentences, end or _chatter(rng)])
     if kind < 0.8:
         a, b = rng.randint(0, 20), rng.randint(0, 20)
-        return f"{_chatter(rng)} The numbers after {a} are {a + 1}, {a + 2}, {a + 3}. {a} and {b} make {a + b}."
+        return f"{_chatter(rng)} The numbers after {a} are {a+1}, {a+2}, {a+3}. {a} and {b} make {a+b}."
     return _forum(rng, p)
 
 
@@ -392,7 +377,8 @@ def _drill(rng: random.Random) -> str:
         if op == "/":
             a = a * b
         pieces = work_out(a, op, b)
-        lines.append(f"{a}{op}{b}: {pieces}." if pieces and rng.random() < 0.4 else f"{a}{op}{b}={compute(a, op, b)}.")
+        in_pieces = pieces and rng.random() < 0.4
+        lines.append(f"{a}{op}{b}: {pieces}." if in_pieces else f"{a}{op}{b}={compute(a, op, b)}.")
     return " ".join(lines)
 
 
@@ -400,8 +386,9 @@ MEANINGS = {
     "more": "More means add", "fewer": "Fewer means take away", "times": "Times means multiply",
     "half": "Half means divide by 2", "both": "Together means add", "gain": "What is found is added",
     "lose": "What is lost is taken away", "boxes": "Boxes are multiplied, then added",
-    "give": "What one gives, the other gets", "total": "The total is a sum", "difference": "How many more: subtract",
-}  # fmt: skip
+    "give": "What one gives, the other gets", "total": "The total is a sum",
+    "difference": "How many more: subtract",
+}
 
 
 def _web(rng: random.Random, split: str) -> str:
@@ -433,11 +420,12 @@ def _noisy(rng: random.Random, split: str) -> str:
 
 
 def _instruct(rng: random.Random, split: str) -> str:
-    """A turn of a helpful assistant: small tasks in words and numbers, and problems that say how to answer."""
+    """A turn of a helpful assistant: small tasks in words and numbers, problems that say how to answer."""
     kind = rng.randrange(5)
     if kind == 0:
         things = rng.sample(THINGS, 3)
-        ask, reply = f"Name {things[0]}, {things[1]} and {things[2]} in reverse.", ", ".join(reversed(things)) + "."
+        ask = f"Name {things[0]}, {things[1]} and {things[2]} in reverse."
+        reply = ", ".join(reversed(things)) + "."
     elif kind == 1:
         numbers = rng.sample(range(100), 4)
         ask, reply = f"Sort {', '.join(map(str, numbers))}.", ", ".join(map(str, sorted(numbers))) + "."
@@ -446,7 +434,8 @@ def _instruct(rng: random.Random, split: str) -> str:
         ask, reply = f"Which is larger, {a} or {b}?", f"{max(a, b)} is larger than {min(a, b)}."
     elif kind == 3:
         p = make_problem(rng, _level(rng), split)
-        ask, reply = f"Who is in this story? {' '.join(p.sentences)}", f"The story is about {p.asked} and {p.thing}."
+        ask = f"Who is in this story? {' '.join(p.sentences)}"
+        reply = f"The story is about {p.asked} and {p.thing}."
     else:
         p = make_problem(rng, rng.choice((1, 2)), split)
         ask, reply = f"Put your answer in \\boxed{{}}. {p.text}", f"{short_steps(p)} {conclude(p)}"
@@ -454,7 +443,7 @@ def _instruct(rng: random.Random, split: str) -> str:
 
 
 def problems(split: str, n: int, seed: int = 0) -> list[dict]:
-    """n different problems of a split, levels 1..MAX_LEVEL in turn: problem, answer, solution, level, structure, id."""
+    """n different problems of a split, levels 1..MAX_LEVEL in turn."""
     if split not in SPLITS:
         raise ValueError(f'unknown split "{split}"; valid: {", ".join(SPLITS)}')
     rng = random.Random(f"problems/{seed}/{split}")
@@ -468,29 +457,24 @@ def problems(split: str, n: int, seed: int = 0) -> list[dict]:
         rows.append({
             "problem": p.text, "answer": str(p.answer), "solution": f"{short_steps(p)} {conclude(p)}",
             "level": level, "structure": p.structure, "id": f"{split}-{seed}-{len(rows)}",
-        })  # fmt: skip
+        })
     return rows
 
 
 def main() -> None:
-    from data.files import ArgumentParser
-
-    parser = ArgumentParser(prog="python -m data.synth", description="Print samples of the generated world.")
-    parser.add_argument("--source", default="long_cot", help=f"one of {', '.join(SOURCES)}")
-    parser.add_argument("--problems", metavar="SPLIT", help="print problems of train, val or test instead of documents")
-    parser.add_argument("-n", type=int, default=3, help="how many (default 3)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = ArgumentParser(prog="python -m data.synth", description="Print samples of the generated corpus.")
+    parser.add_argument("--source", default="long_cot", help=f"source of the documents: {', '.join(SOURCES)}")
+    parser.add_argument("--problems", metavar="SPLIT", help="print problems of train, val or test instead")
+    parser.add_argument("-n", type=int, default=3, help="number of documents or problems (default 3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
     args = parser.parse_args()
     if args.problems:
         for row in problems(args.problems, args.n, args.seed):
             print(f"[{row['id']}, level {row['level']}] {row['problem']}\n  {row['solution']}\n")
         return
-    stream = documents(args.source, args.seed)
-    for _ in range(args.n):
-        print(next(stream), end="\n\n")
+    for text in islice(documents(args.source, args.seed), args.n):
+        print(text, end="\n\n")
 
 
 if __name__ == "__main__":
-    from data.files import run_cli
-
     run_cli(main)

@@ -1,21 +1,20 @@
-"""Byte-level BPE: train a small vocabulary, or load Llama 3's; both are tiktoken encodings in tiktoken's file format.
+"""Byte-level BPE: train a small vocabulary, or load Llama 3's. Both are tiktoken encodings.
 
-A tokenizer file has one line per token, "<base64 of the token's bytes> <rank>". The rank is the token's id, and also
-when its merge happens: of all adjacent pieces whose concatenation is in the file, BPE joins those of lowest rank first.
-Three choices matter:
+A tokenizer file, in tiktoken's format, has one line per token: "<base64 of the token's bytes> <rank>". The
+rank is the token's id, and when its merge happens: of all adjacent pieces whose concatenation is in the file,
+BPE joins those of lowest rank first. Four choices matter:
 
-1. One splitting pattern for everything, Llama 3's, so one loader reads our files and Meta's, and a file needs no
+1. One splitting pattern for everything, Llama 3's: one loader reads our files and Meta's, and a file needs no
    settings beside it. Special tokens are not in the file; their ids follow the last rank.
-2. Numbers are words too. The pattern splits digits into groups of up to three (\\p{N}{1,3}); as in Llama's file, a
-   group that is frequent becomes a token. A tiny model then copies a number by copying one token, and learns sums as
-   a table; with a token a digit it needs several times the text.
-3. Text is always ordinary: "<|end_of_text|>" typed by a user is encoded as those characters, never as the token.
-4. Hugging Face's tokenizer.json of a byte-level BPE (Llama 3, Qwen 2.5) becomes a tiktoken encoding too, with the pattern and
-   the special tokens that it names, or an error: nothing in it is guessed.
+2. Numbers are words too. The pattern splits digits into groups of up to three (\\p{N}{1,3}); a group that is
+   frequent becomes a token, as in Llama's file. A tiny model then copies a number by copying one token, and
+   learns sums as a table; with one token per digit it needs several times the text.
+3. Text is always ordinary: "<|end_of_text|>" typed by a user is those characters, never the token.
+4. Hugging Face's tokenizer.json of a byte-level BPE (Llama 3, Qwen 2.5) becomes a tiktoken encoding too, with
+   the pattern and the special tokens that it names, or an error: nothing in it is guessed.
 
-    from data import tokenizer
     tok = tokenizer.train(texts, vocab_size=1024); tok.save("tokenizer.model")
-    tok = tokenizer.load("tokenizer.model")        # or tokenizer.json, or a checkpoint folder that holds one of them
+    tok = tokenizer.load("tokenizer.model")  # or tokenizer.json, or a checkpoint folder with one of them
 """
 
 import base64
@@ -31,7 +30,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import regex  # tiktoken's own dependency; the standard library's re does not know \p{L}
-import tiktoken
+from tiktoken import Encoding
+
+from data.files import atomic_write
 
 FILE_NAME, JSON_NAME = "tokenizer.model", "tokenizer.json"
 
@@ -45,9 +46,9 @@ SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")  # of the tokenizers t
 # The names that Llama 3.1 and 3.2 checkpoints give to ids 128000–128255.
 LLAMA3_RANKS = 128_000
 _LLAMA3_NAMED = {
-    0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id", 7: "end_header_id",
-    8: "eom_id", 9: "eot_id", 10: "python_tag",
-}  # fmt: skip
+    0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
+    7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag",
+}
 _unnamed = [i for i in range(256) if i not in _LLAMA3_NAMED]
 _reserved = {i: f"reserved_special_token_{n}" for n, i in enumerate(_unnamed)}
 LLAMA3_SPECIAL_TOKENS = tuple(f"<|{(_LLAMA3_NAMED | _reserved)[i]}|>" for i in range(256))
@@ -56,24 +57,24 @@ _ENDS = ("<|end_of_text|>", "<|endoftext|>")
 _STOPS = (*_ENDS, "<|eom_id|>", "<|eot_id|>", "<|im_end|>")
 
 _INVALID_BYTE = re.compile("([\udc80-\udcff])")  # how "surrogateescape" writes a byte that is not UTF-8
-_LONGEST_TEXT = 400_000  # characters, Meta's own limit: tiktoken's regex overflows its stack on a million spaces
+_LONGEST_TEXT = 400_000  # characters, Meta's limit: tiktoken's regex overflows its stack on a million spaces
 _LONGEST_PIECE = 64  # bytes; longer pieces are rulers and base64, nothing to learn words from
 
 
 class Tokenizer:
     """A tiktoken Encoding, with the few facts that the rest of the project asks for.
 
-    encoding: tiktoken.Encoding; vocab_size: one more than the largest id; eos_id: ends every document;
-    stop_ids: the ids that end a text when sampled; hash: hex SHA-256 of the file, which shards and checkpoints record.
+    encoding: tiktoken's; vocab_size: one more than the largest id; eos_id: ends every document; stop_ids: the
+    ids that end a text when sampled; hash: hex SHA-256 of the file, which shards and checkpoints record.
     """
 
-    def __init__(self, ranks: dict[bytes, int], json_file: bytes = b"", pattern=PATTERN, special=None, nfc=False):
+    def __init__(self, ranks: dict[bytes, int], json_file=b"", pattern=PATTERN, special=None, nfc=False):
         self.ranks, self.json_file, self.nfc = ranks, json_file, nfc
         if special is None:
             names = LLAMA3_SPECIAL_TOKENS if len(ranks) == LLAMA3_RANKS else SPECIAL_TOKENS
             special = {name: len(ranks) + i for i, name in enumerate(names)}
         self.pattern, self.known = pattern, {*ranks.values(), *special.values()}
-        self.encoding = tiktoken.Encoding("octo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = Encoding("octo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = 1 + max(*ranks.values(), *special.values())
         self.eos_id = next(special[name] for name in _ENDS if name in special)
         self.stop_ids = tuple(special[name] for name in _STOPS if name in special)
@@ -95,7 +96,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; a character that is cut in the middle becomes U+FFFD (decode_bytes loses nothing)."""
+        """Text of the ids; a character that is cut becomes U+FFFD (decode_bytes loses nothing)."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -103,64 +104,60 @@ class Tokenizer:
         return self.encoding.decode_bytes([i for i in ids if i in self.known])
 
     def agrees(self, other: "Tokenizer") -> bool:
-        """Whether both give the same ids to any text, be one read from Meta's file and one from Hugging Face's."""
+        """Do both give the same ids to any text, be one Meta's file and one Hugging Face's?"""
         return (self.ranks, self.pattern, self.nfc) == (other.ranks, other.pattern, other.nfc)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the tiktoken file (aside, then renamed; FILE_NAME if path is a folder), or the tokenizer.json beside it."""
+        """Write the tiktoken file (FILE_NAME if path is a folder), or the tokenizer.json in its place."""
         path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
         path = path.with_name(JSON_NAME) if self.json_file else path
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_bytes(self._file_bytes())
-        os.replace(aside, path)
+        with atomic_write(path, "wb") as file:
+            file.write(self._file_bytes())
 
     def _file_bytes(self) -> bytes:
-        return self.json_file or b"".join(
-            b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items()
-        )
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items())
+        return self.json_file or b"".join(lines)
 
 
 def find(folder: str | os.PathLike) -> Path | None:
-    """The tokenizer file of a checkpoint folder: Meta's own, which its repositories keep in original/, or tokenizer.json."""
+    """The tokenizer file of a checkpoint folder, Meta's (in its repositories: in original/) or a .json."""
     files = (Path(folder) / name for name in (f"original/{FILE_NAME}", FILE_NAME, JSON_NAME))
     return next((file for file in files if file.is_file()), None)
 
 
 def load(path: str | os.PathLike) -> Tokenizer:
     """Read a tiktoken file or a tokenizer.json; of a checkpoint folder, the one that it holds.
-
-    Read by hand because tiktoken's own reader copies whatever it reads into a cache in the temporary folder.
-    Raises FileNotFoundError or ValueError, naming the file and the line.
-    """
+    FileNotFoundError and ValueError name the file and the line."""
     path = Path(path)
     if path.is_dir():
         path = find(path) or path / FILE_NAME
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no tokenizer at {path}: give a tiktoken file, or a folder that holds {FILE_NAME} or {JSON_NAME}"
-        )
+        how = f"give a tiktoken file, or a folder that holds {FILE_NAME} or {JSON_NAME}"
+        raise FileNotFoundError(f"no tokenizer at {path}: {how}")
     if path.suffix == ".json":
         return _from_json(path)
-    ranks: dict[bytes, int] = {}
+    ranks: dict[bytes, int] = {}  # by hand: tiktoken's own reader leaves a copy in the temporary folder
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
             token = base64.b64decode(token, validate=True)
-            good = int(rank) == len(ranks) and token and token not in ranks
-        except ValueError:  # not two fields, not base64, not a number
-            good = False
-        if not good:
-            raise ValueError(f"{path}, line {number}: not the tiktoken line '<base64 of a new token> {len(ranks)}'")
+            if int(rank) != len(ranks) or not token or token in ranks:
+                raise ValueError
+        except ValueError:  # or not two fields, not base64, not a number
+            raise ValueError(f"{path}, line {number}: not '<base64 of a new token> {len(ranks)}'") from None
         ranks[token] = len(ranks)
-    missing = [b for b in range(256) if bytes([b]) not in ranks]
-    if missing:
-        raise ValueError(f"{path} is no byte-level tokenizer: {len(missing)} of the 256 single bytes have no token")
+    _check_bytes(path, ranks)
     return Tokenizer(ranks)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Hugging Face's tokenizer.json
+def _check_bytes(path: Path, ranks: dict[bytes, int]) -> None:
+    if missing := sum(bytes([b]) not in ranks for b in range(256)):
+        raise ValueError(f"{path} is not byte-level: {missing} of the 256 single bytes have no token")
 
+
+# ------------------------------------------------------------------------------------------------------------
+# Hugging Face's tokenizer.json
+#
 # GPT-2's splitting, which "use_regex" means there, and its way to write any byte as a printable character.
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -169,10 +166,10 @@ _BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b no
 
 
 def _from_json(path: Path) -> Tokenizer:
-    """The same ids as Hugging Face's tokenizers give, or ValueError naming what in the file tiktoken cannot do.
+    """The ids that Hugging Face's tokenizers give, or ValueError naming what in the file tiktoken cannot do.
 
-    tiktoken joins the pair whose joined token has the lowest rank; a tokenizer.json lists the pairs in order. The two are the
-    same if the ids of the joined tokens rise along that list.
+    tiktoken joins the pair whose joined token has the lowest rank; a tokenizer.json lists the pairs in order.
+    The two are the same if the ids of the joined tokens rise along that list.
     """
     data = path.read_bytes()
     try:
@@ -181,9 +178,8 @@ def _from_json(path: Path) -> Tokenizer:
         if model["type"] != "BPE":
             raise ValueError(f"a {model['type']} model, not BPE")
         vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-        ranks = {bytes(_BYTE_OF[c] for c in token): i for token, i in sorted(vocab.items(), key=lambda item: item[1])}
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        joined = [vocab["".join(pair)] for pair in merges]
+        ranks = {bytes(_BYTE_OF[c] for c in token): i for token, i in vocab.items()}
+        joined = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]  # "a b" or ["a", "b"]
         set_of_joined = set(joined)
         for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if model.get(option):
@@ -191,22 +187,23 @@ def _from_json(path: Path) -> Tokenizer:
         for token in spec["added_tokens"]:  # <tool_call> is no text, but a run of spaces is
             if not token.get("special", True) and not re.fullmatch(r"<.*>", token["content"]):
                 raise ValueError(f"its added token {token['content']!r} is ordinary text")
-        pattern, nfc = _splitting(spec["pre_tokenizer"]), _is_nfc(spec.get("normalizer"))
+        pattern, normalizer = _splitting(spec["pre_tokenizer"]), spec.get("normalizer")
+        if normalizer and normalizer["type"] != "NFC":
+            raise ValueError(f"a normalizer of type {normalizer['type']}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else f"not a byte-level BPE ({error!r})"
         raise ValueError(f"{path} cannot be read: {reason}") from None
     if any(a > b for a, b in pairwise(joined)):
-        raise ValueError(f"{path} cannot be read: its merges are not in the order of its ids, which tiktoken goes by")
-    # A token that no merge makes is only ever a whole piece of text (ignore_merges): tiktoken must find no way to join it.
+        raise ValueError(f"{path} cannot be read: its merges are not in the order of its ids")
+    # A token that no merge makes is a whole piece of text (ignore_merges): tiktoken must find no way to it.
     for token in (token for token, i in ranks.items() if len(token) > 1 and i not in set_of_joined):
         halves = any(token[:i] in ranks and token[i:] in ranks for i in range(1, len(token)))
         if halves or not model.get("ignore_merges"):
             raise ValueError(f"{path} cannot be read: no merge makes its token {token!r}")
-    if missing := [b for b in range(256) if bytes([b]) not in ranks]:
-        raise ValueError(f"{path} is no byte-level tokenizer: {len(missing)} of the 256 single bytes have no token")
+    _check_bytes(path, ranks)
     if not any(name in added for name in _ENDS):
         raise ValueError(f"{path} has no token that ends a text: none of {', '.join(_ENDS)}")
-    return Tokenizer(ranks, data, pattern, added, nfc)
+    return Tokenizer(ranks, data, pattern, added, nfc=bool(normalizer))
 
 
 def _splitting(spec: dict | None) -> str:
@@ -218,32 +215,28 @@ def _splitting(spec: dict | None) -> str:
     if not before and last.get("use_regex", True):
         return _GPT2_PATTERN
     if len(before) == 1 and before[0]["type"] == "Split" and not last.get("use_regex", True):
-        if before[0]["behavior"] == "Isolated" and not before[0].get("invert") and "Regex" in before[0]["pattern"]:
-            return before[0]["pattern"]["Regex"]
+        split = before[0]
+        if split["behavior"] == "Isolated" and not split.get("invert") and "Regex" in split["pattern"]:
+            return split["pattern"]["Regex"]
     raise ValueError(f"a pre_tokenizer of {' + '.join(step['type'] for step in steps)} with these settings")
 
 
-def _is_nfc(spec: dict | None) -> bool:
-    if spec and spec["type"] != "NFC":
-        raise ValueError(f"a normalizer of type {spec['type']}")
-    return bool(spec)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding (Gage 1994; Sennrich et al. 2016) on bytes, to at most vocab_size tokens, special ones included.
+    """Byte-pair encoding (Gage 1994; Sennrich et al. 2016) on bytes, to vocab_size tokens with special ones.
 
-    Starting from single bytes, join again and again the adjacent pair that is most frequent; ties go to the smallest
-    bytes, so that the same texts give the same file everywhere. Pairs are counted by what they join to: (ab, c) and
-    (a, bc) are one candidate "abc", as they are one token for tiktoken. It ends early when no pair occurs twice: a small
-    world has only so many words, so build the model for the vocab_size of the result.
+    Starting from single bytes, join again and again the adjacent pair that is most frequent; ties go to the
+    smallest bytes, so the same texts give the same file everywhere. Pairs are counted by what they join to:
+    (ab, c) and (a, bc) are one candidate "abc", as they are one token for tiktoken. Training ends early if no
+    pair occurs twice (a small corpus has few words): build the model for the vocab_size of the result.
     """
     merges = vocab_size - 256 - len(SPECIAL_TOKENS)
     if merges < 0:
-        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
+        least = 256 + len(SPECIAL_TOKENS)
+        raise ValueError(f"vocab_size {vocab_size} is too small: bytes and special tokens are {least}")
     ranks = {bytes([b]): b for b in range(256)}
     words, freqs = _count_words(texts)
 

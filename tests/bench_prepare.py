@@ -2,9 +2,10 @@
 
     python tests/bench_prepare.py [DIR [TOKENIZER]]
 
-DIR: the public files of the README; without it, a corpus of the generated world is written as JSON lines. TOKENIZER: a
-tiktoken file, Llama 3's say; without it, one of 4,096 words is trained. Prints what the command costs with everything it
-does (reading, formats, benchmark problems, duplicates, parts, packing, shards, checksums) and what encode_ordinary() costs.
+DIR: the public files (data/README.md); without it, documents of the generated corpus as JSON lines.
+TOKENIZER: a tiktoken file, Llama 3's say; without it, one of 4,096 words is trained. Prints what the command
+costs with all it does (reading, formats, benchmark problems, duplicates, packing, shards, checksums), and
+what encode_ordinary() costs.
 """
 
 import itertools
@@ -19,7 +20,7 @@ import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data import prepare, recipes, synth, tokenizer
+from data import overlaps, prepare, recipes, synth, tokenizer
 
 
 def generated(folder: Path) -> dict[str, recipes.SourceSpec]:
@@ -36,16 +37,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         given = [Path(word) for word in sys.argv[1:]]
         folder, out = given[0] if given else Path(temporary), Path(temporary) / "out"
-        corpora = {name: recipes.REAL_CORPORA[name] for name in ("math_text", "short_cot", "instruct")}
-        corpora = corpora if given else generated(folder)
-        sources = {name: prepare.real_source(corpus, folder, None, False) for name, corpus in corpora.items()}
-        files = prepare.benchmark_problems(None if given else str(folder / "test.jsonl"), folder)
-        problems = [problem for rows in files.values() for problem in rows]
+        specs = {name: recipes.REAL_SOURCES[name] for name in ("math_text", "short_cot", "instruct")}
+        specs = specs if given else generated(folder)
+        sources = {name: prepare.real_source(spec, folder, None, False) for name, spec in specs.items()}
+        _, problems = overlaps.benchmark_problems(None if given else str(folder / "test.jsonl"), folder)
         tok = tokenizer.load(given[1]) if given[1:] else prepare.train_tokenizer(sources, 4096)
         start = time.process_time()
-        index = prepare.prepare(out, sources, lambda: tok, 1024, {"world": "own"}, problems)
+        index = prepare.prepare(out, sources, tok, 1024, {"corpus": "own"}, problems)
         ours = time.process_time() - start
-        texts = [text for source in sources.values() for text in source.read(0, lambda size: None) if text]
+        texts = [text for source in sources.values() for text in source.read() if text]
         start = time.process_time()
         tokens = sum(len(tok.encoding.encode_ordinary(text)) for text in texts)
         alone = time.process_time() - start

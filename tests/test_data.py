@@ -1,8 +1,10 @@
-"""data/: recipes that add up, prompts, shards that describe themselves, and batches that are a pure function of the step."""
+"""data/: recipes, prompts, shards that describe themselves, batches that depend on the step alone."""
 
 import gzip
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import loader, prepare, prompts, recipes, shards, synth, tokenizer
+from data import loader, overlaps, prepare, prompts, recipes, shards, synth, tokenizer
 from data.files import read_jsonl, run_lock
 from data.loader import Loader
 
@@ -27,7 +29,7 @@ TOKENS = {"general": 4_000, "web": 9_000, "short_cot": 5_000}
 
 
 def documents(source, seed, split):
-    """A stand-in for the generated world: numbered documents of very different lengths, endless."""
+    """A stand-in for the generated corpus: numbered documents of very different lengths, endless."""
     for i in count():
         yield f"{source}, {split} {seed}, document {i}: " + "so it goes " * ((i * 7 + seed) % 12)
 
@@ -49,41 +51,45 @@ def copy(folder, tmp_path):
     return tmp_path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Recipes and prompts
 
 
 def test_every_mixture_sums_to_one_and_names_known_sources():
-    for world, stages in recipes.STAGES.items():
-        assert set(stages) == set(recipes.STAGE_NAMES) - ({"base"} if world == "paper" else set())
+    for corpus, stages in recipes.STAGES.items():
+        kinds = recipes.KINDS[corpus]
+        assert set(stages) == set(recipes.STAGE_NAMES) - ({"base"} if corpus == "paper" else set())
         for stage, mixture in stages.items():
-            assert sum(mixture.values()) == pytest.approx(1, abs=1e-9), (world, stage)
-            assert set(mixture) <= set(recipes.SOURCES[world])
+            assert sum(mixture.values()) == pytest.approx(1, abs=1e-9), (corpus, stage)
+            assert set(mixture) <= set(kinds)
             counts = loader.block_counts(mixture)
             assert counts / counts.sum() == pytest.approx(list(mixture.values()), abs=1e-9)
-        assert set(recipes.SOURCES[world].values()) == {"text", "document"}
-        for name, mixture in recipes.CONTROLLED[world].items():
-            assert sum(mixture.values()) == pytest.approx(1, abs=1e-9) and set(mixture) <= set(
-                recipes.SOURCES[world]
-            ), name
-    assert set(recipes.SOURCES["tiny"]) == set(synth.SOURCES)
+        assert set(kinds.values()) == {"text", "document"}
+        for name, mixture in recipes.CONTROLLED[corpus].items():
+            assert sum(mixture.values()) == pytest.approx(1, abs=1e-9), name
+            assert set(mixture) <= set(kinds), name
+    assert set(recipes.KINDS["tiny"]) == set(synth.SOURCES)
 
 
 def test_formats():
     row = {"problem": "Ann has 48.", "answer": "24", "solution": "48/2=<<48/2=24>>24 clips."}
     assert recipes.question_answer(row) == "Ann has 48.\n48/2=24 clips.\nThe answer is \\boxed{24}."
     assert recipes.question_answer(row | {"solution": "So \\boxed{24}"}) == "Ann has 48.\nSo \\boxed{24}"
-    generated = {"problem": "1+1?", "generated_solution": "It is 2.", "expected_answer": "2", "solution": None}
+    generated = {"problem": "1+1?", "generated_solution": "It is 2.", "expected_answer": "2"}
+    generated["solution"] = None
     assert recipes.question_answer(generated) == "1+1?\nIt is 2.\nThe answer is \\boxed{2}."
-    with pytest.raises(KeyError, match="no column solution or generated_solution or response; it has: problem, answer"):
+    message = "no column solution or generated_solution or response; it has: problem, answer"
+    with pytest.raises(KeyError, match=message):
         recipes.question_answer({"problem": "1+1?", "answer": "2"})
 
     thought = "<think>hm</think>24"
     assert recipes.long_thought(row | {"response": thought}) == f"Ann has 48.\n{thought}"
     several = {"problem": "Q", "generations": ["<think>a</think>1", "<think>b</think>2"], "solution": "x"}
-    assert recipes.long_thought(several | {"correctness_math_verify": [False, True]}) == "Q\n<think>b</think>2"
-    assert recipes.long_thought(several | {"correctness_math_verify": [False, False]}) is None
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>a</think><answer>1</answer>"}]
+    key = "correctness_math_verify"
+    assert recipes.long_thought(several | {key: [False, True]}) == "Q\n<think>b</think>2"
+    assert recipes.long_thought(several | {key: [False, False]}) is None
+    answer = {"role": "assistant", "content": "<think>a</think><answer>1</answer>"}
+    turns = [{"role": "user", "content": "Q"}, answer]
     assert recipes.long_thought({"messages": turns}) == "Q\n<think>a</think>1"
 
     turn = {"instruction": "Sum up.", "context": "A tale.", "response": "Short."}
@@ -99,15 +105,17 @@ def test_formats():
 def test_prompts():
     assert prompts.simple("1+1?") == "Question:\n1+1?\nAnswer:\n"
     text = prompts.complex("1+1?")
-    assert text.startswith("A conversation between User and Assistant. The user asks a question, and the Assistant ")
-    assert "provides the user with the answer. User: You must put your answer inside \\boxed{} and Your" in text
+    opening = "A conversation between User and Assistant. The user asks a question, and the Assistant "
+    assert text.startswith(opening)
+    end = "provides the user with the answer. User: You must put your answer inside \\boxed{} and Your"
+    assert end in text
     assert text.endswith("will be extracted automatically by the \\boxed{} tag.\n1+1?\nAssistant:")
     shots = prompts.few_shot([("2+2?", "4")] * 2, "1+1?", "simple")
     assert shots == "Question:\n2+2?\nAnswer:\n4\n\n" * 2 + "Question:\n1+1?\nAnswer:\n"
     assert all(word in prompts.TEMPLATES["simple"]("") + text for word in prompts.STOP)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shards
 
 
@@ -117,7 +125,8 @@ def shard_documents(shard, tok):
     ends = starts[1:] + [len(shard.tokens)]
     if shard.kind == "document":
         row = T + 1
-        ends = [min(end, start // row * row + int(shard.used[start // row])) for start, end in zip(starts, ends)]
+        used = [start // row * row + int(shard.used[start // row]) for start in starts]
+        ends = list(map(min, ends, used))
     return [tok.decode(shard.tokens[a:b].tolist()) for a, b in zip(starts, ends)]
 
 
@@ -151,7 +160,7 @@ def test_packing_keeps_every_token_and_cuts_only_what_is_too_long(lengths, open_
     docs = [np.array([i] * n) for i, n in enumerate(lengths)]
     try:
         shards.OPEN_ROWS = open_rows
-        rows = [(ids.tolist(), begins) for ids, begins in shards.pack(docs, capacity)]
+        rows = [(ids.tolist(), begins) for ids, begins in shards.pack_documents(docs, capacity)]
     finally:
         shards.OPEN_ROWS = first
     parts = [ids[a:b] for ids, starts in rows for a, b in zip(starts, [*starts[1:], len(ids)])]
@@ -177,7 +186,7 @@ def test_preparing_again_does_nothing_and_other_settings_are_refused(folder, mon
 def test_preparing_is_deterministic(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(synth, "documents", documents)
     prepare.prepare_synth(tmp_path, 300, T, TOKENS, seed=3)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert contents(tmp_path) == contents(folder)
 
 
 def test_a_failed_preparation_leaves_no_half_shard(tmp_path, monkeypatch):
@@ -198,10 +207,11 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path):
     ids = [np.array([i, Large.eos_id], np.uint32) for i in (66_000, 5, 6)]
     shards.write_shard(tmp_path / "s", "text", ids, Large, T)
     shard = shards.Shard(tmp_path / "s")
-    assert shard.tokens.tolist() == [66_000, 69_999, 5, 69_999, 6, 69_999] and shard.starts.tolist() == [0, 2, 4]
+    assert shard.tokens.tolist() == [66_000, 69_999, 5, 69_999, 6, 69_999]
+    assert shard.starts.tolist() == [0, 2, 4]
 
 
-def test_the_generated_world_fills_every_source(tmp_path):
+def test_the_generated_corpus_fills_every_source(tmp_path):
     prepare.prepare_synth(tmp_path, 600, 128, dict.fromkeys(synth.SOURCES, 3000))
     tok = tokenizer.load(tmp_path)
     for stage, mixture in recipes.TINY.items():
@@ -209,7 +219,7 @@ def test_the_generated_world_fills_every_source(tmp_path):
         assert batch.tokens.max() < tok.vocab_size and (batch.targets >= 0).float().mean() > 0.6, stage
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches
 
 
@@ -228,7 +238,7 @@ def test_mixture_weights_are_exact_in_every_block(folder):
     ([1.0], [1]), ([0.5, 0.5], [1, 1]), ([1 / 3, 2 / 3], [1, 2]), ([0.55, 0.05, 0.1, 0.3], [11, 1, 2, 6]),
     ([1.0, 0.0], [1, 0]), ([0.725, 0.1, 0.1, 0.05, 0.0125, 0.0125], [58, 8, 8, 4, 1, 1]),
     ([0.123456, 0.876544], [1235, 8765]),  # in no block up to the largest: rounded
-])  # fmt: skip
+])
 def test_block_counts(weights, counts):
     assert loader.block_counts({str(i): w for i, w in enumerate(weights)}).tolist() == counts
 
@@ -277,13 +287,14 @@ def test_targets_stay_inside_documents_and_out_of_padding(folder):
         place = torch.arange(T).expand_as(tokens)
         new = doc_start == place  # position 0, and every first token of a document
         assert (new[:, 1:] == (doc_start[:, 1:] != doc_start[:, :-1])).all() and (doc_start <= place).all()
-        ends = torch.cat([new[:, 1:], torch.zeros(20, 1, dtype=torch.bool)], 1)  # the next token is another document's
+        no = torch.zeros(20, 1, dtype=torch.bool)
+        ends = torch.cat([new[:, 1:], no], 1)  # the next token is another document's
         assert (targets[ends] == -1).all() and (tokens[ends] == eos).all()
         assert (targets[tokens == eos] == -1).all(), "nothing is predicted from an end of text"
         learned = targets[:, :-1] >= 0
         assert (targets[:, :-1] == tokens[:, 1:])[learned].all()
         packed = source == 2
-        assert ((targets >= 0) | (tokens == eos))[~packed].all(), "running text is all targets but at its ends"
+        assert ((targets >= 0) | (tokens == eos))[~packed].all(), "running text has targets but at its ends"
         assert (targets == eos).any(), "the end of text is learned"
 
 
@@ -318,7 +329,7 @@ def test_validation_covers_the_held_out_shards_equally_on_all_ranks(folder):
     assert len(list(loads.validation(2))) <= 2 * len(MIX)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bad input
 
 
@@ -366,7 +377,7 @@ def test_another_tokenizer(copy):
         Loader(copy, MIX, T, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line, on small files
 
 
@@ -374,30 +385,31 @@ def test_another_tokenizer(copy):
 def files(tmp_path):
     """A few rows of every public file."""
     rows = {
-        "math_text": [{"text": f"Theorem {i}. " + "Every even number is a sum of primes. " * 9} for i in range(99)],
-        "general_text": [{"text": f"Chapter {i}. " + "It was a dark and stormy night. " * 9} for i in range(99)],
-        "short_cot": [{"problem": f"{i}+1?", "answer": str(i + 1), "solution": f"<<x>>{i}+1"} for i in range(90)],
-        "long_cot": [
-            {"problem": f"{i}?", "response": "<think>hm</think>2", "overlaps": "gsm8k/test/1"} for i in range(90)
-        ],
-        "instruct": [{"instruction": f"Hi {i}.", "context": "", "response": "Hello."} for i in range(90)],
+        "math_text": lambda i: {"text": f"Theorem {i}. " + "Every even number is a sum of primes. " * 9},
+        "general_text": lambda i: {"text": f"Chapter {i}. " + "It was a dark and stormy night. " * 9},
+        "short_cot": lambda i: {"problem": f"{i}+1?", "answer": str(i + 1), "solution": f"<<x>>{i}+1"},
+        "long_cot": lambda i: {
+            "problem": f"{i}?", "response": "<think>hm</think>2", "overlaps": "gsm8k/test/1"
+        },
+        "instruct": lambda i: {"instruction": f"Hi {i}.", "context": "", "response": "Hello."},
     }
-    for name, corpus in recipes.REAL_CORPORA.items():
+    for name, corpus in recipes.REAL_SOURCES.items():
         for file in corpus.files:
             path = tmp_path / "public" / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = "".join(json.dumps(row) + "\n" for row in rows[name])
+            text = "".join(json.dumps(rows[name](i)) + "\n" for i in range(99 if "text" in name else 90))
             path.write_bytes(gzip.compress(text.encode()) if file.endswith(".gz") else text.encode())
     return tmp_path / "public"
 
 
 def command(files, *args, out="out"):
-    command = [sys.executable, "-m", "data.prepare", "--data", files, "--out", files.parent / out, "--seq-len", "32"]
-    return [*map(str, command), "--workers", "1", *map(str, args)]
+    command = [sys.executable, "-m", "data.prepare", "--data", files, "--out", files.parent / out]
+    return [*map(str, command), "--seq-len", "32", "--workers", "1", *map(str, args)]
 
 
 def run(files, *args, code=0, out="out"):
-    done = subprocess.run(command(files, *args, out=out), capture_output=True, text=True, cwd=ROOT, check=False)
+    words = command(files, *args, out=out)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -424,21 +436,23 @@ def test_command_line(files):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--sources", "web"], "unknown source 'web' (valid: math_text, general_text, short_cot, long_cot, instruct)"),
+    (["--sources", "web"],
+     "unknown source 'web' (valid: math_text, general_text, short_cot, long_cot, instruct)"),
     (["--max-tokens", "web=3"], "unknown source 'web' (valid: math_text"),
     (["--max-tokens", "0"], "'0' is not N or NAME=N"),
     (["--source", "web=txt:a.jsonl"], "FORMAT one of text, qa, long_cot, chat"),
     (["--source", "web=text:a.csv"], "no file"),
     (["--source", "web=text:*.jsonl"], "no file"),
-    (["--world", "tiny"], "invalid choice: 'tiny'"),
+    (["--corpus", "tiny"], "invalid choice: 'tiny'"),
     (["--against", "nowhere.jsonl"], "no file nowhere.jsonl to keep out"),
     (["--workers", "0"], "must be at least 1"),
     (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
     (["--seq-len", "0"], "must be at least 1"),
     (["--tokens", "5"], "valid flags:"),
-])  # fmt: skip
+])
 def test_bad_arguments(files, args, message, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare", "--data", str(files), "--out", str(files.parent / "out"), *args])
+    flags = ["--data", str(files), "--out", str(files.parent / "out"), *args]
+    monkeypatch.setattr(sys, "argv", ["prepare", *flags])
     with pytest.raises((SystemExit, ValueError, OSError)) as error:
         prepare.main()
     printed = capsys.readouterr().err or str(error.value)
@@ -462,19 +476,17 @@ def test_bad_files(tmp_path):
         ("other", "row 2 .*no column text or content; it has: b"),
     ):
         with pytest.raises(ValueError, match=f"{file}.jsonl: {message}"):
-            list(prepare.documents(recipes.SourceSpec("text", (f"{file}.jsonl",)), tmp_path, False))
+            list(prepare.read_documents(recipes.SourceSpec("text", (f"{file}.jsonl",)), tmp_path, False))
     with pytest.raises(FileNotFoundError, match="no file"):
-        list(prepare.documents(recipes.SourceSpec("text", ("none.jsonl",)), tmp_path, False))
+        list(prepare.read_documents(recipes.SourceSpec("text", ("none.jsonl",)), tmp_path, False))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is dropped
 
 
-WORDS = st.lists(
-    st.sampled_from("one two, Three 4 fünf’s Пять sixsixsixsixsixsix sixsixsixsixsixsax \0 \xa0 .".split(" ")),
-    max_size=60,
-)
+WORDS = "one two, Three 4 fünf’s Пять sixsixsixsixsixsix sixsixsixsixsixsax \0 \xa0 .".split(" ")
+WORDS = st.lists(st.sampled_from(WORDS), max_size=60)
 
 
 @given(st.lists(WORDS, max_size=6), st.lists(WORDS, max_size=6))
@@ -486,10 +498,10 @@ def test_shared_runs_of_words_are_found(problems, texts):
     def grams(text):
         text = re.sub("[\x80-\xbf\u2000-\u207f]", " ", re.sub("[A-Z]", lambda match: match[0].lower(), text))
         words = re.findall("(?:[a-z0-9]|[^\x00-\x7f])+", text)
-        return {tuple(words[i : i + prepare.GRAM]) for i in range(len(words) - prepare.GRAM + 1)}
+        return {tuple(words[i : i + overlaps.GRAM]) for i in range(len(words) - overlaps.GRAM + 1)}
 
     forbidden = set().union(*map(grams, problems))
-    found = prepare.Grams(problems).shared_by([text.encode() for text in texts])
+    found = overlaps.Grams(problems).shared_by([text.encode() for text in texts])
     assert found.tolist() == [bool(grams(text) & forbidden) for text in texts]
 
 
@@ -502,18 +514,20 @@ def test_duplicates_and_benchmark_problems_are_dropped_and_counted(tmp_path):
     rows[40] = rows[41] = rows[7]
     rows[50] = ""
     write_rows(folder / "a.jsonl", [{"text": row} for row in rows])
-    write_rows(folder / "bench.jsonl", [{"problem": problem, "answer": "72"}, {"problem": "Short?", "answer": "1"}])
-    said = run(folder, "--source", "a=text:a.jsonl", "--against", folder / "bench.jsonl", "--vocab-size", "300")
+    bench = folder / "bench.jsonl"
+    write_rows(bench, [{"problem": problem, "answer": "72"}, {"problem": "Short?", "answer": "1"}])
+    said = run(folder, "--source", "a=text:a.jsonl", "--against", bench, "--vocab-size", "300")
     dropped = json.loads((out / "index.json").read_text())["sources"]["a"]["dropped"]
     assert dropped == {"seen before": 2, "sharing 13 words with a benchmark": 1, "without a document": 1}
     assert "1 sharing 13 words with a benchmark" in said and "2 problems of" in said
+    assert "\n1 of these have fewer words" in said
     found = shard_documents(shards.Shard(out / "a.train.bin"), tokenizer.load(out))
     kept = [text for i, text in enumerate(rows) if i not in (20, 40, 41, 50)]
     assert found == [text + "<|end_of_text|>" for i, text in enumerate(kept) if i % prepare.VAL_EVERY]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Parts, workers, kills
+# ------------------------------------------------------------------------------------------------------------
+# Workers and kills: finished sources stay, the source in work starts over, the bytes are the same
 
 
 def write_rows(path, rows):
@@ -523,8 +537,8 @@ def write_rows(path, rows):
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
-    """A folder of two files of 400 rows, in parts of about ten."""
-    monkeypatch.setattr(prepare, "PART_CHARACTERS", 3000)
+    """A folder of two files of 400 rows, in chunks of about ten."""
+    monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 3000)
     for name in "ab":
         texts = [f"{name}{i}: " + "so it goes, and on it goes " * (i * 7 % 13) for i in range(400)]
         write_rows(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts])
@@ -532,65 +546,64 @@ def many(tmp_path, monkeypatch):
 
 
 def prepared(folder, out, workers=1, max_tokens=None):
-    corpora = {name: recipes.SourceSpec("qa" if name == "b" else "text", (f"{name}.jsonl",)) for name in "ab"}
-    sources = {name: prepare.real_source(corpus, folder, max_tokens, False) for name, corpus in corpora.items()}
-    make = lambda: prepare.train_tokenizer(sources, 300)  # noqa: E731
-    return prepare.prepare(folder / out, sources, make, T, {"world": "own"}, ["so it went " * 9], workers)
+    specs = {name: recipes.SourceSpec("qa" if name == "b" else "text", (f"{name}.jsonl",)) for name in "ab"}
+    sources = {name: prepare.real_source(spec, folder, max_tokens, False) for name, spec in specs.items()}
+    settings, problems = {"corpus": "own", "max_tokens": max_tokens}, ["so it went " * 9]
+    return prepare.prepare(folder / out, sources, 300, T, settings, problems, workers)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_and_a_failure_inside_a_source_change_no_byte(many, monkeypatch, workers):
-    prepared(many, "whole")
-    real, calls = prepare.documents, count()
+def stopped(many, out, workers=1, at=1500):
+    """Prepared until the input fails, in b: 4 rows to begin with, 800 for the tokenizer, 400 of a."""
+    real, calls = prepare.read_documents, count()
 
     def fail(*args):
         for row in real(*args):
-            if next(calls) == 1500:  # in b: 4 rows to begin with, 800 for the tokenizer, 400 of a
+            if next(calls) == at:
                 raise OSError("the network is gone")
             yield row
 
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "documents", fail)
-        with pytest.raises(OSError, match="network"):
-            prepared(many, "cut", workers)
-    parts = sorted((many / "cut").glob("*.parts/*.npz"))
-    assert len(parts) > 3 and (many / "cut/a.train.bin").exists() and not (many / "cut/b.train.bin").exists()
-    before = {part: part.stat().st_mtime_ns for part in parts}
-    again = []
-    real_part = prepare.write_part
-    monkeypatch.setattr(prepare, "write_part", lambda path, *args: again.append(path) or real_part(path, *args))
-    prepared(many, "cut")
-    assert contents(many / "cut") == contents(many / "whole") and not set(again) & set(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "read_documents", fail)
+        with pytest.raises(OSError, match="^the network is gone"):
+            prepared(many, out, workers)
 
 
-def test_what_another_run_left_is_not_taken(many, monkeypatch):
-    """Parts and a tokenizer without their unfinished.json; a part that was cut off; another input, another tokenizer."""
+@pytest.mark.parametrize("max_tokens", [None, 2000])
+def test_neither_workers_nor_chunks_change_a_byte(many, monkeypatch, max_tokens):
+    prepared(many, "one", 1, max_tokens)
+    prepared(many, "two", 2, max_tokens)
+    monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 1 << 20)
+    prepared(many, "large", 1, max_tokens)
+    assert contents(many / "one") == contents(many / "two") == contents(many / "large")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_after_a_failure_finished_sources_stay_and_the_source_starts_over(many, workers):
     prepared(many, "whole")
-    real = prepare.write_part
+    stopped(many, "cut", workers)
+    assert sorted(p.name for p in (many / "cut").iterdir()) == [
+        "a.train.bin", "a.val.bin", "lock", "tokenizer.model", "unfinished.json"
+    ]
+    before = {path: path.stat().st_mtime_ns for path in (many / "cut").glob("a.*")}
+    (many / "cut/b.train.bin.tmp").write_bytes(b"what a kill leaves")
+    prepared(many, "cut")
+    assert contents(many / "cut") == contents(many / "whole")
+    assert before == {path: path.stat().st_mtime_ns for path in (many / "cut").glob("a.*")}
 
-    def stop(path, *args):
-        real(path, *args)
-        if path.name == "000003.npz":
-            raise OSError("stopped")
 
-    for damage in ("no settings", "cut part"):
-        with monkeypatch.context() as patch:
-            patch.setattr(prepare, "write_part", stop)
-            with pytest.raises(OSError, match="stopped"):
-                prepared(many, damage)
-        part = many / damage / "a.parts/000002.npz"
-        if damage == "cut part":
-            part.write_bytes(part.read_bytes()[:-500])
-        else:
-            (many / damage / "unfinished.json").unlink()
-            part.write_bytes((many / damage / "a.parts/000001.npz").read_bytes())
-            tokenizer.train(["something else"] * 3, 270).save(many / damage)
-        prepared(many, damage)
-        assert contents(many / damage) == contents(many / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_part", stop)
-        with pytest.raises(OSError, match="stopped"):
-            prepared(many, "other")
+def test_what_another_run_left_is_not_taken(many):
+    """A shard and a tokenizer without their unfinished.json; other settings, another tokenizer."""
+    prepared(many, "whole")
+    stopped(many, "left")
+    (many / "left/unfinished.json").unlink()
+    (many / "left/a.train.bin").write_bytes((many / "left/a.val.bin").read_bytes())
+    tokenizer.train(["something else"] * 3, 270).save(many / "left")
+    prepared(many, "left")
+    assert contents(many / "left") == contents(many / "whole")
+
+    stopped(many, "other")
+    with pytest.raises(ValueError, match="was made with other settings .max_tokens None → 2000"):
+        prepared(many, "other", max_tokens=2000)
     tokenizer.train(["something else"] * 3, 270).save(many / "other")
     with pytest.raises(ValueError, match="has another tokenizer than it was begun with"):
         prepared(many, "other")
@@ -603,37 +616,38 @@ def test_changed_input_and_a_second_command_are_refused(tmp_path):
     run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300")
     write_rows(folder / "a.jsonl", [{"text": text} for text in reversed(texts)])
     assert "other settings (files" in run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300", code=2)
-    with run_lock(tmp_path / "busy"), pytest.raises(ValueError, match="is working in .*busy: wait for its end"):
-        prepare.prepare(tmp_path / "busy", {}, None, T, {"world": "own"})
+    message = "is working in .*busy: wait for its end"
+    with run_lock(tmp_path / "busy"), pytest.raises(ValueError, match=message):
+        prepare.prepare(tmp_path / "busy", {}, None, T, {"corpus": "own"})
 
 
 def test_a_budget_stops_reading(many):
     index = prepared(many, "few", max_tokens=2000)["sources"]
     for name in "ab":
-        real = {split: index[name][split]["tokens"] - index[name][split]["padding"] for split in ("train", "val")}
-        assert 2000 <= real["train"] < 2200 and 4 * T <= real["val"] < 4 * T + 200
-    assert not list((many / "few").glob("*.parts")) and not (many / "few/unfinished.json").exists()
+        splits = (index[name][split] for split in ("train", "val"))
+        train, val = (split["tokens"] - split["padding"] for split in splits)
+        assert 2000 <= train < 2200 and 4 * T <= val < 4 * T + 200
+    assert not (many / "few/unfinished.json").exists()
 
 
-def test_a_killed_command_leaves_no_worker_and_goes_on(tmp_path):
+@pytest.fixture
+def begun(tmp_path):
+    """(folder, its flags, a command that works on b after a, its workers)."""
     folder = tmp_path / "in"
-    write_rows(folder / "a.jsonl", [{"text": f"{i} " + "so it goes " * 700} for i in range(4000)])
-    args = ("--source", "a=text:a.jsonl", "--vocab-size", "300", "--workers", "2")
-    process = subprocess.Popen(command(folder, *args), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    parts, end = tmp_path / "out/a.parts", time.monotonic() + 60
-    while not list(parts.glob("00000[1-9].npz")):
+    write_rows(folder / "a.jsonl", [{"text": f"{i} " + "so it goes " * 20} for i in range(200)])
+    write_rows(folder / "b.jsonl", [{"text": f"{i} " + "so it goes " * 700} for i in range(4000)])
+    args = ("--source", "a=text:a.jsonl", "--source", "b=text:b.jsonl", "--vocab-size", "300")
+    args = (*args, "--workers", "2")
+    process = subprocess.Popen(command(folder, *args), cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    end, shard = time.monotonic() + 60, tmp_path / "out/b.train.bin.tmp"
+    while not (shard.exists() and shard.stat().st_size):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.002)
-    workers = [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/stat") if stat_field(p, 1) == process.pid]
+    children = [p.parent for p in Path("/proc").glob("[0-9]*/stat") if stat_field(p, 1) == process.pid]
+    workers = [int(p.name) for p in children if b"spawn_main" in (p / "cmdline").read_bytes()]
+    assert len(workers) == 2
+    yield folder, args, process, workers
     process.kill()
-    process.wait()
-    assert len(workers) >= 2
-    while any(Path(f"/proc/{pid}").exists() and stat_field(Path(f"/proc/{pid}/stat"), 0) != "Z" for pid in workers):
-        assert time.monotonic() < end, "a worker outlives the command"
-        time.sleep(0.02)
-    run(folder, *args)
-    run(folder, *args[:-2], out="whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def stat_field(path, number):
@@ -645,7 +659,33 @@ def stat_field(path, number):
     return fields[0] if number == 0 else int(fields[1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def test_a_killed_command_leaves_no_worker_and_the_same_one_goes_on(begun, tmp_path):
+    folder, args, process, workers = begun
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    for stat in (Path(f"/proc/{pid}/stat") for pid in workers):
+        while stat_field(stat, 0) not in (None, "Z"):
+            assert time.monotonic() < end, "a worker outlives the command"
+            time.sleep(0.02)
+    finished = (tmp_path / "out/a.train.bin").stat().st_mtime_ns
+    assert not (tmp_path / "out/b.train.bin").exists()
+    run(folder, *args)
+    run(folder, *args[:-2], out="whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert finished == (tmp_path / "out/a.train.bin").stat().st_mtime_ns
+
+
+def test_a_worker_that_dies_is_one_line(begun, tmp_path):
+    folder, args, process, workers = begun
+    os.kill(workers[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and error.count("\n") == 1
+    assert "a worker died, out of memory perhaps: the same command starts this source over" in error
+    assert not list((tmp_path / "out").glob("b.*"))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Through `datasets`: parquet, and a data set of the hub (here a local folder in the same format)
 
 
@@ -669,8 +709,8 @@ def test_parquet_and_the_hub(hub):
     texts = []
     for source in (f"hub:{where}:easy", f"hub:{where}:easy/*.parquet", f"{where}/easy/*.parquet"):
         name, corpus = prepare.own_source(f"qa=qa:{source}")
-        texts.append(list(prepare.documents(corpus, Path("/"), False)))
-        assert name == "qa" and texts[-1][3:] == list(prepare.documents(corpus, Path("/"), False, skip=3))
+        texts.append(list(prepare.read_documents(corpus, Path("/"), False)))
+        assert name == "qa"
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 200
     assert texts[0][4] == "easy 4+1?\nIt is 5.\nThe answer is \\boxed{5}."
     said = run(where, "--source", f"qa=qa:hub:{where}:hard", "--vocab-size", "300", "--max-tokens", "qa=900")
@@ -681,18 +721,18 @@ def test_parquet_and_the_hub(hub):
     ("easy:test", "split test cannot be read: .*test.*train"),
     ("middling", "cannot be read: .*middling.*easy.*hard"),
     ("easy/*.csv", "cannot be read: "),
-])  # fmt: skip
+])
 def test_what_the_hub_does_not_have(hub, part, message, monkeypatch):
     _, corpus = prepare.own_source(f"qa=qa:hub:{hub / 'set'}:{part}")
     with pytest.raises(ValueError, match=message):
-        list(prepare.documents(corpus, hub, False))
+        list(prepare.read_documents(corpus, hub, False))
     _, corpus = prepare.own_source(f"web=text:hub:{hub / 'set'}:easy")
-    with pytest.raises(
-        ValueError, match="row 1 does not fit the format 'text': no column text or content; it has: question"
-    ):
-        list(prepare.documents(corpus, hub, False))
-    datasets, hub_constants = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub").constants
+    message = "row 1 does not fit the format 'text': no column text or content; it has: question"
+    with pytest.raises(ValueError, match=message):
+        list(prepare.read_documents(corpus, hub, False))
+    datasets = pytest.importorskip("datasets")
+    hub_constants = pytest.importorskip("huggingface_hub").constants
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no waiting for a network
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="nowhere/at-all, split train cannot be read: "):
-        list(prepare.documents(recipes.SourceSpec("text", hub="nowhere/at-all"), hub, False))
+        list(prepare.read_documents(recipes.SourceSpec("text", hub="nowhere/at-all"), hub, False))

@@ -1,4 +1,4 @@
-"""data/synth.py: splits that share no structure, right arithmetic everywhere, the same text from the same seed."""
+"""data/synth.py: splits that share no structure, right arithmetic, the same text from the same seed."""
 
 import itertools
 import random
@@ -32,7 +32,7 @@ def test_splits_share_no_structure_and_no_text():
 
 
 def test_structure_does_not_know_the_order_of_summands():
-    """ "Ben and Ann together" is no other problem than "Ann and Ben together": it must not fall into another split."""
+    """ "Ben and Ann together" is the problem "Ann and Ben together": both must be in one split."""
     rng = random.Random(0)
     roles = [role for _ in range(2000) for role in synth.make_problem(rng, 3, "train").structure.split()]
     both = [role.removeprefix("both") for role in roles if role.startswith("both")]
@@ -116,7 +116,7 @@ def test_long_thoughts_slip_notice_and_end_right():
             equations = EQUATION.findall(line)
             wrong = [e for e in equations if not right(*e)]
             slips += "Again" in line
-            assert len(wrong) == ("Again" in line), line  # a wrong result appears exactly where it is taken back
+            assert len(wrong) == ("Again" in line), line  # a wrong result is there where it is taken back
             assert right(*equations[-1]), line
         assert verify.reward(answer, str(replay(problem))) == 1.0
     assert slips > 25

@@ -1,4 +1,4 @@
-"""data/tokenizer.py: round trips of anything, files that reload equal, Llama 3's ids, digits, determinism, clear errors."""
+"""data/tokenizer.py: round trips of anything, files that reload equal, Llama 3's ids, digits, errors."""
 
 import base64
 import hashlib
@@ -27,7 +27,8 @@ TOK = tokenizer.train(TEXTS, 330)
 
 def public_reader(path: Path) -> Encoding:
     """What any other program does with a tiktoken file."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    lines = map(bytes.split, path.read_bytes().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     special = {name: len(ranks) + i for i, name in enumerate(tokenizer.SPECIAL_TOKENS)}
     return Encoding("x", pat_str=tokenizer.PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
@@ -40,9 +41,10 @@ def test_text_round_trips(text):
     assert TOK.encode_bytes(text.encode()) == ids
 
 
-@given(
-    st.binary() | st.lists(st.sampled_from([b"Ann ", b"\xff", b"\xc3", b"\xa9", b"\xed\xa0\x80", b"4"])).map(b"".join)
-)
+PIECES = [b"Ann ", b"\xff", b"\xc3", b"\xa9", b"\xed\xa0\x80", b"4"]
+
+
+@given(st.binary() | st.lists(st.sampled_from(PIECES)).map(b"".join))
 @settings(deadline=None)
 def test_any_bytes_round_trip(data):
     assert TOK.decode_bytes(TOK.encode_bytes(data)) == data
@@ -59,7 +61,8 @@ def test_no_token_holds_more_than_three_digits_or_digits_and_letters(number, for
     text = form.format(number)
     pieces = [TOK.decode([i]) for i in TOK.encode(text)]
     assert "".join(pieces) == text
-    assert all(piece.isdigit() and len(piece) <= 3 for piece in pieces if any(c.isdigit() for c in piece)), pieces
+    numbers = [piece for piece in pieces if any(c.isdigit() for c in piece)]
+    assert all(piece.isdigit() and len(piece) <= 3 for piece in numbers), pieces
 
 
 def test_a_frequent_number_is_one_token():
@@ -114,7 +117,8 @@ def test_bad_files(tmp_path):
     path = tmp_path / "t.model"
     TOK.save(path)
     lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in {3: b"?? 2\n", 7: b"QQ==\n", 9: b"QQ== 4\n", 70: b"QQ== 69\n", 20: b"\xff\xfe 19\n"}.items():
+    bad = {3: b"?? 2\n", 7: b"QQ==\n", 9: b"QQ== 4\n", 70: b"QQ== 69\n", 20: b"\xff\xfe 19\n"}
+    for number, line in bad.items():
         path.write_bytes(b"".join(lines[: number - 1] + [line] + lines[number:]))
         with pytest.raises(ValueError, match=f"line {number}: not"):
             tokenizer.load(path)
@@ -134,18 +138,21 @@ def test_llama3():
     assert len(tok.encode("1234567")) == 3  # Llama has a token for each group of up to three digits
     special = tok.encoding._special_tokens
     assert len(special) == 256 and sorted(special.values()) == list(range(128_000, 128_256))
-    named = {"begin_of_text": 0, "reserved_special_token_1": 3, "finetune_right_pad_id": 4, "start_header_id": 6,
-             "end_header_id": 7, "eom_id": 8, "eot_id": 9, "python_tag": 10, "reserved_special_token_247": 255}  # fmt: skip
+    named = {
+        "begin_of_text": 0, "reserved_special_token_1": 3, "finetune_right_pad_id": 4, "start_header_id": 6,
+        "end_header_id": 7, "eom_id": 8, "eot_id": 9, "python_tag": 10, "reserved_special_token_247": 255,
+    }
     assert all(special[f"<|{name}|>"] == 128_000 + i for name, i in named.items())
     assert tok.hash == hashlib.sha256(LLAMA3.read_bytes()).hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # tokenizer.json
 
 
 QWEN_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -154,18 +161,15 @@ def hugging_face(pattern: str | None, normalizer=None, first=()):
     hf = pytest.importorskip("tokenizers")
     trained = hf.Tokenizer(hf.models.BPE())
     pre = hf.pre_tokenizers
-    trained.pre_tokenizer = (
-        pre.ByteLevel(add_prefix_space=False)
-        if pattern is None
-        else pre.Sequence(
-            [pre.Split(hf.Regex(pattern), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-    )
+    if pattern is None:
+        trained.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    else:
+        bytes_only = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        trained.pre_tokenizer = pre.Sequence([pre.Split(hf.Regex(pattern), "isolated"), bytes_only])
     if normalizer:
         trained.normalizer = normalizer(hf)
-    trainer = hf.trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=pre.ByteLevel.alphabet(), special_tokens=list(first), show_progress=False
-    )
+    how = {"initial_alphabet": pre.ByteLevel.alphabet(), "special_tokens": list(first)}
+    trainer = hf.trainers.BpeTrainer(vocab_size=420, show_progress=False, **how)
     trained.train_from_iterator(TEXTS * 3, trainer)
     trained.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     return trained
@@ -178,14 +182,8 @@ JSON_KINDS = {
     "special tokens first": lambda: hugging_face(QWEN_PATTERN, first=("<|pad|>",)),
 }
 WILD = [
-    "",
-    " ",
-    "a  b\n\n c\t12345.6",
-    "naïve cafe\u0301 \u212b",
-    "日本語 🙂👍🏽",
-    "DON'T don't\r\n  x",
-    "<|im_end|> <|endoftext|>",
-    "\x00\x7f\xa0",
+    "", " ", "a  b\n\n c\t12345.6", "naïve cafe\u0301 \u212b", "日本語 🙂👍🏽", "DON'T don't\r\n  x",
+    "<|im_end|> <|endoftext|>", "\x00\x7f\xa0",
 ]
 
 
@@ -201,8 +199,9 @@ def test_tokenizer_json_gives_the_ids_of_hugging_face(kind, tmp_path):
     @given(st.text(max_size=40) | st.sampled_from(TEXTS) | st.sampled_from(WILD))
     @settings(max_examples=150, deadline=None)
     def same(text):
-        expected = [i for part in text.split("<|") for i in theirs.encode(part).ids]  # special tokens are no text to us
-        assert [i for part in text.split("<|") for i in ours.encode(part)] == expected
+        parts = text.split("<|")  # special tokens are no text to us
+        expected = [i for part in parts for i in theirs.encode(part).ids]
+        assert [i for part in parts for i in ours.encode(part)] == expected
 
     same()
     assert ours.encode("<|im_end|>") != [theirs.token_to_id("<|im_end|>")]
@@ -252,24 +251,21 @@ def test_every_split_may_be_listed_as_a_merge_as_llama_3_does(tmp_path):
         tokenizer.load(path)
 
 
-@pytest.mark.parametrize(
-    "damage, reason",
-    [
-        (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "its end_of_word_suffix is not supported"),
-        (
-            lambda spec: spec["added_tokens"].append({"id": 900, "content": "    ", "special": False}),
-            "added token '    ' is ordinary text",
-        ),
-        (damaged_json(model={"type": "WordPiece", "vocab": {}}), "a WordPiece model, not BPE"),
-        (damaged_json(pre_tokenizer=None), "pre_tokenizer that ends in None"),
-        (damaged_json(pre_tokenizer={"type": "Metaspace"}), "ends in Metaspace"),
-        (damaged_json(normalizer={"type": "Lowercase"}), "a normalizer of type Lowercase"),
-        (damaged_json(added_tokens=[]), "no token that ends a text"),
-        (swap_merges, "not in the order of its ids"),
-        (lambda spec: spec["model"]["vocab"].pop("A"), "1 of the 256 single bytes"),
-        (lambda spec: spec["model"]["vocab"].update({"▁the": 9999}), "not a byte-level BPE"),
-    ],
-)
+SPACES = {"id": 900, "content": "    ", "special": False}
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (lambda spec: spec["model"].update(end_of_word_suffix="</w>"), "its end_of_word_suffix is not supported"),
+    (lambda spec: spec["added_tokens"].append(SPACES), "added token '    ' is ordinary text"),
+    (damaged_json(model={"type": "WordPiece", "vocab": {}}), "a WordPiece model, not BPE"),
+    (damaged_json(pre_tokenizer=None), "pre_tokenizer that ends in None"),
+    (damaged_json(pre_tokenizer={"type": "Metaspace"}), "ends in Metaspace"),
+    (damaged_json(normalizer={"type": "Lowercase"}), "a normalizer of type Lowercase"),
+    (damaged_json(added_tokens=[]), "no token that ends a text"),
+    (swap_merges, "not in the order of its ids"),
+    (lambda spec: spec["model"]["vocab"].pop("A"), "1 of the 256 single bytes"),
+    (lambda spec: spec["model"]["vocab"].update({"▁the": 9999}), "not a byte-level BPE"),
+])
 def test_a_tokenizer_json_that_tiktoken_cannot_do_is_refused(damage, reason, tmp_path):
     path = tmp_path / "tokenizer.json"
     JSON_KINDS["Qwen"]().save(str(path))
