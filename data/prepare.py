@@ -1,6 +1,6 @@
 """Documents → token shards (their format: shards.py), in one pass over each source.
 
-    python -m data.prepare --data DIR --out DIR        from public files in DIR (data/README.md says which)
+    python -m data.prepare --data DIR --out DIR --keep-overlaps long_cot       public files (data/README.md)
     python -m data.prepare --corpus paper --out DIR --tokenizer FILE --sources dclm,numina --max-tokens 2e9
     python -m data.prepare --out DIR --source notes=text:notes.jsonl --source qa=qa:hub:openai/gsm8k:main
 
@@ -60,7 +60,7 @@ class Source(NamedTuple):
     unique: bool = True  # drop what came before
     guarded: bool = True  # and what contains a benchmark's problem
     size: int = 0  # bytes that will be read, where this is known
-    prints: tuple[str, ...] = ()  # of its files
+    prints: tuple[str, ...] = ()  # fingerprints of its files
 
 
 def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool, workers: int) -> dict:
@@ -87,7 +87,7 @@ def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool
 
 
 def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counter, bar) -> Iterator:
-    """The documents to train on, until there are enough tokens. Those to hold out, a few, go to held_out."""
+    """The documents to train on, until there are enough tokens; the few to hold out go to held_out."""
     train_left = source.max_tokens or float("inf")  # tokens
     val_left = max(train_left / source.val_every, 4 * seq_len)
     seen, number = set(), 0

@@ -1,11 +1,12 @@
-"""The sampler beside transformers' generate, and a GRPO step beside TRL's GRPOTrainer, on a CPU, one thread, fp32.
+"""The sampler beside transformers' generate, a GRPO step beside TRL's GRPOTrainer: CPU, one thread, fp32.
 
     python tests/bench_rl.py [rounds]
 
-One model of 6.85M parameters with random weights (8 layers, 256 wide, 8 / 4 heads, 4,096 words) in all arms; lengths are
-imposed, so that every arm makes the same number of tokens. CPU seconds of the process, arms interleaved, the median of
-the rounds. Without TRL (pip install trl; it was 1.16) the step is timed alone. On a GPU: decoding in the 1B shape beside
-what a copy reaches, and a long-tailed rollout beside generate.
+All arms have one model of 6.85M parameters with random weights (8 layers, 256 wide, 8 / 4 heads, 4,096
+words). Lengths are imposed: every arm makes the same number of tokens. Figures are CPU seconds of the
+process, arms interleaved, the median of the rounds. Without TRL (pip install trl; it was 1.16) our step is
+timed alone. On a GPU: decoding in the 1B shape beside what a copy reaches, and a long-tailed rollout beside
+generate.
 """
 
 import importlib.metadata
@@ -52,6 +53,15 @@ def their_model(folder: str):
     return model
 
 
+def generate_exactly(theirs, batch: torch.Tensor, tokens: int, greedy: bool = False) -> None:
+    """transformers' generate at temperature 1 or greedy, until every row has so many tokens."""
+    how = {} if greedy else {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    mask = torch.ones_like(batch)
+    theirs.generate(
+        batch, do_sample=not greedy, max_new_tokens=tokens, min_new_tokens=tokens, attention_mask=mask, **how
+    )
+
+
 def race(title: str, arms: dict, tokens: int, rounds: int) -> None:
     """Time the arms, the peer first."""
     seconds = {name: [] for name in arms}
@@ -68,7 +78,7 @@ def race(title: str, arms: dict, tokens: int, rounds: int) -> None:
         print(f"  {name:34} {s:7.2f} CPU s  {tokens / s:8,.0f} tokens/s  {peer / s:5.2f}x", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -76,15 +86,13 @@ def greedy_or_not(model: Llama, theirs, rounds: int) -> None:
     """64 rows x (64 + 256), temperature 1 with log-probabilities, and greedy."""
     ids, sampler = prompts(64), Sampler(model, None, slots=64)
     batch = torch.tensor(ids)
-    how = {"max_new_tokens": 256, "min_new_tokens": 256, "attention_mask": torch.ones_like(batch)}
-    sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
     arms = {
-        "generate, T = 1": lambda: theirs.generate(batch, **sampling, **how),
+        "generate, T = 1": lambda: generate_exactly(theirs, batch, 256),
         "ours, T = 1, log-probabilities": lambda: sampler.generate(ids, max_new_tokens=256, stop=()),
     }
     race("64 rows x (64 + 256), T = 1", arms, 64 * 256, rounds)
     arms = {
-        "generate, greedy": lambda: theirs.generate(batch, do_sample=False, **how),
+        "generate, greedy": lambda: generate_exactly(theirs, batch, 256, greedy=True),
         "ours, greedy": lambda: sampler.generate(ids, max_new_tokens=256, stop=(), temperature=0.0),
     }
     race("64 rows x (64 + 256), greedy", arms, 64 * 256, rounds)
@@ -97,8 +105,7 @@ def refill(model: Llama, theirs, rounds: int) -> None:
     def static() -> None:
         for i in range(0, 256, 64):
             batch, longest = torch.tensor(ids[i : i + 64]), max(lengths[i : i + 64])
-            how = {"max_new_tokens": longest, "min_new_tokens": longest, "attention_mask": torch.ones_like(batch)}
-            theirs.generate(batch, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **how)
+            generate_exactly(theirs, batch, longest)
 
     arms = {
         "generate, batches of 64": static,
@@ -107,7 +114,7 @@ def refill(model: Llama, theirs, rounds: int) -> None:
     race("256 requests of long-tailed length", arms, sum(lengths), rounds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A step of GRPO: 8 prompts x 16 rollouts, one update
 
 
@@ -128,23 +135,27 @@ class ForcedLengths:
 
 
 def our_step(model: Llama, lengths: list[int], share: bool):
-    """Rollout, rewards, packed update by rl.py's own functions; share: a group's prompt once in the update, its default."""
-    sampler, optimizer = Sampler(model, None, slots=128), midtrain.make_optimizer(model, 1e-6, weight_decay=0.0)
+    """Rollout, rewards, update by rl.py's own functions; share: a group's prompt once in the update."""
+    sampler = Sampler(model, None, slots=128)
+    optimizer = midtrain.make_optimizer(model, 1e-6, weight_decay=0.0)
     args = SimpleNamespace(
-        prompts_per_step=P, rollouts=G, updates=1, filter="none", overlong="keep", surrogate="clip", loss_agg="token",
-        clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, kl_coef=0.0, kl="k3", temperature=1.0, row_tokens=2048,
-        micro_tokens=2048,
-    )  # fmt: skip
+        prompts_per_step=P, rollouts=G, updates=1, filter="none", overlong="keep", surrogate="clip",
+        loss_agg="token", clip_low=0.2, clip_high=0.2, dual_clip=0.0, is_cap=0.0, kl_coef=0.0, kl="k3",
+        temperature=1.0, row_tokens=2048, micro_tokens=2048,
+    )
+    limits = [lengths[i * G : i * G + G] for i in range(P)]
     ids, world = prompts(P), midtrain.World()
 
     def step() -> float:
         rl.shares_prompts = lambda device: share
         start = time.process_time()
-        groups = sampler.generate(ids, n=G, max_new_tokens=[lengths[i * G : i * G + G] for i in range(P)], stop=())
+        groups = sampler.generate(ids, n=G, max_new_tokens=limits, stop=())
         rewards = torch.tensor([[score(c.tokens) for c in group] for group in groups])
         values, signal = rl.advantages(rewards).tolist(), rl.has_signal(rewards).tolist()
         samples = [
-            rl.Sample(i, ids[i], c.tokens, c.logprobs, "", True, True, rewards[i, j].item(), values[i][j], signal[i])
+            rl.Sample(
+                i, ids[i], c.tokens, c.logprobs, "", True, True, rewards[i, j].item(), values[i][j], signal[i]
+            )
             for i, group in enumerate(groups)
             for j, c in enumerate(group)
         ]
@@ -155,7 +166,7 @@ def our_step(model: Llama, lengths: list[int], share: bool):
 
 
 def their_step(folder: str, lengths: list[int]):
-    """TRL's GRPOTrainer on the same problem: 16 responses a micro-batch, eight of them a step."""
+    """TRL's GRPOTrainer on the same problem: 16 responses per micro-batch, eight of these per step."""
     import datasets
     import tokenizers
     import transformers
@@ -179,10 +190,11 @@ def their_step(folder: str, lengths: list[int]):
 
     def step() -> float:
         config = trl.GRPOConfig(
-            folder, per_device_train_batch_size=G, gradient_accumulation_steps=P, num_generations=G, max_steps=1,
-            max_completion_length=max(lengths), learning_rate=1e-6, bf16=False, use_cpu=True, save_strategy="no",
-            report_to=[], disable_tqdm=True, gradient_checkpointing=False, logging_strategy="no", shuffle_dataset=False,
-        )  # fmt: skip
+            folder, per_device_train_batch_size=G, gradient_accumulation_steps=P, num_generations=G,
+            max_steps=1, max_completion_length=max(lengths), learning_rate=1e-6, bf16=False, use_cpu=True,
+            save_strategy="no", report_to=[], disable_tqdm=True, gradient_checkpointing=False,
+            logging_strategy="no", shuffle_dataset=False,
+        )
         reward = lambda completion_ids, **_: [score(ids) for ids in completion_ids]  # noqa: E731
         trl.GRPOTrainer(model, reward, config, rows, processing_class=words, callbacks=[Clock()]).train()
         return taken[-1]
@@ -197,11 +209,11 @@ def steps(folder: str, model: Llama, title: str, lengths: list[int], rounds: int
     except ImportError as error:
         print(f"TRL is not timed: {error}")
     arms["ours"] = our_step(model, lengths, True)
-    arms["ours, a prompt before each answer"] = our_step(model, lengths, False)
+    arms["ours, a prompt before each rollout"] = our_step(model, lengths, False)
     race(title, arms, sum(lengths), rounds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # On a GPU: the 1B shape in bf16, random weights
 
 
@@ -214,7 +226,7 @@ def seconds(work) -> float:
 
 
 def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
-    """The bytes that a token for each row must read, weights and cache, over what a copy of large tensors reaches."""
+    """The bytes that a token per row must read, weights and cache, over what a large copy reaches."""
     c, x = model.config, torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     y = x.clone()
     bandwidth = 2 * x.numel() / min(seconds(lambda: y.copy_(x)) for _ in range(10))
@@ -223,18 +235,17 @@ def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
     rollout.step()  # prompts, the first tokens, and the graph
     took = seconds(lambda: [rollout.step() for _ in range(looks)])
     tokens = looks * rollout.look_every
-    cached = slots * (context + rollout.look_every + tokens / 2) * 4 * c.num_layers * c.num_kv_heads * c.head_dim
+    numbers = 2 * c.num_layers * c.num_kv_heads * c.head_dim  # per token
+    cached = slots * (context + rollout.look_every + tokens / 2) * 2 * numbers
     share = (2 * c.num_params() + cached) * tokens / took / bandwidth
     said = f"decode, {slots} rows, context about {context + tokens}"
     print(f"{said}: {slots * tokens / took:,.0f} tokens/s, {share:.2f} of what a copy reaches")
 
 
 def tail(model: Llama, folder: str, n=1024, cap=2048) -> None:
-    """n requests of long-tailed lengths, prompts of 64: ours in 256 slots, generate in batches of 64 and of 256."""
-    ids, lengths = (
-        np.random.default_rng(0).integers(4, model.config.vocab_size, (n, PROMPT)).tolist(),
-        long_tailed(n, cap),
-    )
+    """n requests of long-tailed lengths, prompts of 64: ours in 256 slots, generate in batches."""
+    ids = np.random.default_rng(0).integers(4, model.config.vocab_size, (n, PROMPT)).tolist()
+    lengths = long_tailed(n, cap)
     sampler = Sampler(model, None, slots=256)
     arms = {"ours, 256 slots": lambda: sampler.generate(ids, max_new_tokens=lengths, stop=())}
     if find_spec("transformers"):
@@ -243,17 +254,14 @@ def tail(model: Llama, folder: str, n=1024, cap=2048) -> None:
         def static(size: int) -> None:
             for i in range(0, n, size):
                 batch, longest = torch.tensor(ids[i : i + size], device="cuda"), max(lengths[i : i + size])
-                how = {"max_new_tokens": longest, "min_new_tokens": longest, "attention_mask": torch.ones_like(batch)}
-                theirs.generate(batch, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, **how)
+                generate_exactly(theirs, batch, longest)
 
         arms |= {f"generate, batches of {size}": lambda size=size: static(size) for size in (256, 64)}
     sampler.generate(ids[:256], max_new_tokens=16, stop=())  # compiles the kernels
     for name, work in arms.items():
         took = seconds(work)
-        print(
-            f"{n} long-tailed requests, cap {cap}; {name}: {took:.1f} s, {sum(lengths) / took:,.0f} tokens/s",
-            flush=True,
-        )
+        speed = f"{took:.1f} s, {sum(lengths) / took:,.0f} tokens/s"
+        print(f"{n} long-tailed requests, cap {cap}; {name}: {speed}", flush=True)
 
 
 def on_gpu() -> None:
@@ -269,7 +277,8 @@ def on_gpu() -> None:
 def main() -> None:
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl") if find_spec(name)}
+    names = [name for name in ("torch", "transformers", "trl") if find_spec(name)]
+    versions = {name: importlib.metadata.version(name) for name in names}
     print(f"{versions}, Python {platform.python_version()}, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")

@@ -638,7 +638,8 @@ def begun(tmp_path):
     write_rows(folder / "b.jsonl", [{"text": f"{i} " + "so it goes " * 700} for i in range(4000)])
     args = ("--source", "a=text:a.jsonl", "--source", "b=text:b.jsonl", "--vocab-size", "300")
     args = (*args, "--workers", "2")
-    process = subprocess.Popen(command(folder, *args), cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(folder, *args), cwd=ROOT, **pipes)
     end, shard = time.monotonic() + 60, tmp_path / "out/b.train.bin.tmp"
     while not (shard.exists() and shard.stat().st_size):
         assert process.poll() is None and time.monotonic() < end
