@@ -1,4 +1,7 @@
-"""What the kernels' tests and benchmark share: compilation for a GPU that is not there, and exact references in float64."""
+"""What the tests and the benchmark of the kernels share.
+
+Compilation for a GPU that is not there, inputs, and exact references in float64.
+"""
 
 import contextlib
 import os
@@ -13,46 +16,52 @@ from torch import Tensor
 
 import model
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Compiled ahead of time: Triton's wheel carries NVIDIA's assembler and disassembler, so this needs no GPU
 
 FP32_POINTERS = {"lse_ptr", "delta_ptr", "part_ptr", "rstd_ptr", "nll_ptr", "grad_ptr", "dw_ptr"}
 INTEGER_POINTERS = {
-    "start_ptr": "*i64", "end_ptr": "*i32", "table_ptr": "*i32", "lengths_ptr": "*i64", "targets_ptr": "*i64",
-}  # fmt: skip
+    "start_ptr": "*i64", "end_ptr": "*i32", "table_ptr": "*i32", "lengths_ptr": "*i64", "target_ptr": "*i64",
+}
 # bytes that one program may have (CUDA programming guide)
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
-def attention_jobs(capability: int, every: bool = False, head_dims=None) -> list[tuple]:
-    """(name, kernel, constants, warps, stages) of the attention kernels: the tiles that are used, or every one listed."""
-    jobs, kernels = [], dict(forward=model._attention_forward, dq=model._attention_dq, dkdv=model._attention_dkdv)
+def attention_jobs(capability: int, head_dims=model.HEAD_DIMS, more: dict | None = None) -> list[tuple]:
+    """(name, kernel, constants, warps, stages) of the attention kernels in the tiles that are used.
+
+    more: lists of tiles to add, by kernel and head_dim.
+    """
+    kernels = dict(forward=model._attention_forward, dq=model._attention_dq, dkdv=model._attention_dkdv)
+    jobs = []
     for name, kernel in kernels.items():
-        for D in head_dims or model.TILES[name]:
-            used = tuple(model.tile(name, D, torch.bfloat16, (capability // 10, 0)).values())
-            for m, n, warps, stages in model.TILES[name][D] if every else [used]:
+        for D in head_dims:
+            tiles = [tuple(model.tile(name, D, torch.bfloat16, (capability // 10, 0)).values())]
+            tiles += more[name][D] if more else []
+            for m, n, warps, stages in dict.fromkeys(tiles):
                 constants = dict(H=8, K=2, D=D, BLOCK_M=m, BLOCK_N=n)
                 jobs.append((f"attention {name} {D} {m}x{n}", kernel, constants, warps, stages))
     return jobs
 
 
-def other_jobs(every: bool = False, widths=(128, 2048, 3072, 4096)) -> list[tuple]:
+def other_jobs(widths=(128, 2048, 3072, 4096), decode_tiles=(model.DECODE_TILE,)) -> list[tuple]:
     """The same for the other kernels, in the shapes of the 1B and 3B Llama and of a narrow one."""
     jobs = []
     for N in widths:
         meta = model._rows_per_program(N)
         warps = meta.pop("num_warps")
-        jobs.append((f"rms_norm forward {N}", model._rms_norm_forward, dict(N=N, EPS=1e-5, ADD=True, **meta), warps, 3))
-        jobs.append((f"rms_norm backward {N}", model._rms_norm_backward, dict(N=N, ADD=True, **meta), warps, 3))
+        forward, backward = dict(N=N, EPS=1e-5, ADD=True, **meta), dict(N=N, ADD=True, **meta)
+        jobs.append((f"rms_norm forward {N}", model._rms_norm_forward, forward, warps, 3))
+        jobs.append((f"rms_norm backward {N}", model._rms_norm_backward, backward, warps, 3))
     for H, K, D in ((32, 8, 64), (24, 8, 128)):
-        for n, warps, stages in model.DECODE_TILES if every else model.DECODE_TILES[:1]:
+        for n, warps, stages in decode_tiles:
             constants = dict(H=H, K=K, D=D, HEADS=16, SPLIT=model.DECODE_SPLIT, BLOCK_N=n, ALIGNED=True)
             jobs.append((f"decode {D} {n}", model._decode_pieces, constants, warps, stages))
         jobs.append((f"decode merge {D}", model._decode_merge, dict(H=H, D=D, SPLIT=model.DECODE_SPLIT), 1, 3))
     block, warps = model._NLL_BLOCK.values()
-    jobs.append(("nll forward", model._nll_forward, dict(V=128_256, BLOCK_V=block), warps, 3))
-    for same in (False, True):
-        jobs.append((f"nll backward {same}", model._nll_backward, dict(SAME=same, BLOCK_V=block), warps, 3))
+    jobs.append(("nll forward", model._nll_forward, dict(V=128_256, BLOCK=block), warps, 3))
+    for ones in (False, True):
+        jobs.append((f"nll backward {ones}", model._nll_backward, dict(ONES=ones, BLOCK=block), warps, 3))
     return jobs
 
 
@@ -86,7 +95,7 @@ def compile_for(
 
 
 def resources(compiled) -> dict:
-    """Registers a thread, bytes spilled, bytes of shared memory, and the matrix and fp64 instructions of the machine code."""
+    """Registers per thread, bytes spilled, bytes of shared memory, matrix and fp64 instructions in the code."""
     import triton
 
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -107,7 +116,7 @@ def resources(compiled) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Inputs and references
 
 

@@ -1,4 +1,4 @@
-"""The Llama against transformers' Llama, against itself along other paths, and against damaged checkpoints."""
+"""The Llama against transformers' Llama, itself along other paths, and damaged checkpoints."""
 
 import json
 from dataclasses import replace
@@ -12,14 +12,15 @@ from model import KVCache, Llama, LlamaConfig
 
 torch.set_num_threads(1)  # on matrices this small a second thread is only waited for
 
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALING["original_max_position_embeddings"] = 16
 TINY = LlamaConfig(61, 2, 32, 4, 2, 8, 48, rope_theta=100.0, max_position=64)
 CASES = {
     "GQA 1, tied": replace(TINY, num_kv_heads=4),
     "GQA 2, untied": replace(TINY, tie_embeddings=False),
     "GQA 4, scaled": replace(TINY, num_kv_heads=1, rope_scaling=SCALING),
     "Qwen, tied": replace(TINY, qkv_bias=True),
-    "GQA 2, scaled, untied, wide heads": replace(TINY, head_dim=16, rope_scaling=SCALING, tie_embeddings=False),
+    "scaled, untied, wide heads": replace(TINY, head_dim=16, rope_scaling=SCALING, tie_embeddings=False),
 }
 
 
@@ -42,7 +43,7 @@ def assert_close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # transformers
 
 
@@ -67,7 +68,7 @@ def test_transformers_reads_what_we_save(case, transformers, tmp_path):
 @pytest.mark.parametrize("form", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("case", CASES)
 def test_we_read_what_transformers_saves(case, form, transformers, tmp_path):
-    """Both ways to write the rotary embedding: transformers 5's rope_parameters, and Meta's published config.json."""
+    """Both ways to write the rotary embedding: transformers 5's rope_parameters, Meta's own config.json."""
     config = llama.config_to_hf(CASES[case], "float32")
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**config, initializer_range=0.3)
@@ -81,7 +82,8 @@ def test_we_read_what_transformers_saves(case, form, transformers, tmp_path):
         assert "rope_parameters" in saved
     else:
         rope = saved.pop("rope_parameters")
-        saved |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+        saved["rope_theta"] = rope.pop("rope_theta")
+        saved["rope_scaling"] = rope if rope["rope_type"] == "llama3" else None
         (tmp_path / "config.json").write_text(json.dumps(saved))
     model = Llama.from_pretrained(tmp_path)
     assert model.config == CASES[case]
@@ -89,8 +91,17 @@ def test_we_read_what_transformers_saves(case, form, transformers, tmp_path):
     assert_close(model(tokens), theirs(tokens).logits)
 
 
+def test_what_a_config_without_optional_fields_means():
+    hf = {"model_type": "llama", "vocab_size": 61, "num_hidden_layers": 2, "hidden_size": 32}
+    hf |= {"num_attention_heads": 4, "intermediate_size": 48}
+    expected = LlamaConfig(61, 2, 32, 4, 4, 8, 48, 10_000.0, None, 1e-6, tie_embeddings=False, max_position=2048)
+    assert llama.config_from_hf(hf) == expected
+    assert llama.config_from_hf(llama.config_to_hf(expected, "float32")) == expected
+    assert llama.config_from_hf(hf | {"model_type": "qwen2"}) == replace(expected, qkv_bias=True)
+
+
 def test_rounds_of_saving_change_nothing(tmp_path):
-    model = random_llama(CASES["GQA 2, scaled, untied, wide heads"])
+    model = random_llama(CASES["scaled, untied, wide heads"])
     model.save_pretrained(tmp_path)
     again = Llama.from_pretrained(tmp_path)
     assert again.config == model.config
@@ -108,20 +119,25 @@ def test_weights_in_several_files_and_a_tied_matrix_written_twice(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     names = sorted(weights)
     save_file({k: weights[k] for k in names[:5]}, tmp_path / "model-00001-of-00002.safetensors")
-    rest = {k: weights[k] for k in names[5:]} | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    rest = {k: weights[k] for k in names[5:]}
+    rest["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(rest, tmp_path / "model-00002-of-00002.safetensors")
     assert torch.equal(Llama.from_pretrained(tmp_path)(random_tokens(1, 9)), model(random_tokens(1, 9)))
 
 
 def test_published_shapes_have_the_published_sizes():
-    sizes = {name: round(config.num_params() / 1e9, 2) for name, config in llama.PRESETS.items()}
-    assert {k: sizes[k] for k in ("1b", "3b", "8b")} == {"1b": 1.24, "3b": 3.21, "8b": 8.03}
-    with torch.device("meta"):
-        counted = sum(p.numel() for p in Llama(llama.PRESETS["tiny"]).parameters())
-    assert counted == llama.PRESETS["tiny"].num_params()
+    sizes = {name: config.num_params() for name, config in llama.PRESETS.items()}
+    published = {"1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248}
+    assert {k: sizes[k] for k in published} == published
+    assert {k: round(sizes[k] / 1e9, 2) for k in published} == {"1b": 1.24, "3b": 3.21, "8b": 8.03}
+    c = llama.PRESETS["tiny"]
+    layer = c.hidden_size * (c.head_dim * 2 * (c.num_heads + c.num_kv_heads) + 3 * c.intermediate_size + 2)
+    assert sizes["tiny"] == c.num_layers * layer + (c.vocab_size + 1) * c.hidden_size
+    counted = sum(p.numel() for p in Llama(replace(c, qkv_bias=True)).parameters())
+    assert counted == sizes["tiny"] + c.num_layers * c.head_dim * (c.num_heads + 2 * c.num_kv_heads)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Packed documents
 
 
@@ -152,17 +168,35 @@ def test_packed_documents_give_the_gradients_of_separate_ones():
         if packed:
             model(tokens, targets, doc_start=pack(lengths)).sum().backward()
         else:
-            sum(model(a, b).sum() for a, b in zip(tokens.split(lengths, 1), targets.split(lengths, 1))).backward()
+            pairs = zip(tokens.split(lengths, 1), targets.split(lengths, 1))
+            sum(model(a, b).sum() for a, b in pairs).backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
         assert_close(a, b, 1e-4)
 
 
+@pytest.mark.parametrize("prefix", [None, 5, 70])
+@pytest.mark.parametrize("lengths", [[64, 64, 72], [63, 1, 65, 71], [200]])
+def test_attention_by_blocks_is_attention(lengths, prefix, monkeypatch):
+    """Results and gradients of two rows, beside torch's kernel with the same mask."""
+    doc_start = torch.cat((pack(lengths), pack([200])))
+    prefix = None if prefix is None else torch.tensor([prefix, 3])
+    q, k, v = (torch.randn(2, 200, heads, 8, requires_grad=True) for heads in (6, 3, 3))
+    results = []
+    for longest in (200, 0):
+        monkeypatch.setattr(llama, "LONGEST_BLOCKED", longest)
+        out = llama.attention(q, k, v, doc_start, prefix=prefix)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for a, b in zip(*results):
+        assert_close(a, b)
+
+
 @pytest.mark.parametrize("blocked", [True, False])
 def test_documents_that_share_a_prefix(blocked, monkeypatch):
-    """Two rows, prefixes of 90 and 7 tokens, four documents behind each: logits and gradients of prefix + document alone.
+    """Two rows, prefixes of 90 and 7 tokens, four documents behind each, padding at the end.
 
-    Long enough that a block of queries sees the prefix and, far behind it, its own document; padding at the end.
+    Logits and gradients are those of prefix + document alone. Rows are so long that a block of queries sees
+    the prefix and, far behind it, its own document.
     """
     monkeypatch.setattr(llama, "LONGEST_BLOCKED", 2048 if blocked else 0)
     model, ends, prefix = random_llama(), ((130, 190, 200, 288), (80, 150, 230, 270)), torch.tensor([90, 7])
@@ -203,7 +237,7 @@ def test_no_position_sees_the_future():
     assert not torch.allclose(model(tokens)[0, 10:], model(other)[0, 10:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The KV cache
 
 
@@ -242,7 +276,7 @@ def test_a_copied_slot_goes_on_like_its_source():
 
 
 def test_a_paged_cache_reads_and_writes_through_its_table():
-    """Two rows of 11 tokens in blocks of 4, out of order, the first block shared; then a token behind each."""
+    """Two rows of 11 tokens in blocks of 4, out of order, the first block shared; then a token for each."""
     model, tokens = random_llama(), random_tokens(2, 12)
     tokens[1, :4] = tokens[0, :4]
     source, cache = KVCache(model.config, 2, 12), KVCache(model.config, 2, 12, block_len=4, blocks=7)
@@ -259,7 +293,7 @@ def test_a_paged_cache_reads_and_writes_through_its_table():
         assert torch.equal(keys, source.k[:, row, :, :11]) and torch.equal(values, source.v[:, row, :, :11])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -310,7 +344,7 @@ def test_a_seed_is_an_initialisation():
     assert not torch.equal(a["embed.weight"], c["embed.weight"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What cannot be loaded is said in one line
 
 
@@ -353,7 +387,7 @@ DAMAGE = {
     "a tensor is missing": (_edit_weights(lambda w: w.pop(_NORM)), f"lacks 1 of 20 tensors, {_NORM}"),
     "an unknown tensor": (_edit_weights(lambda w: w.update({"x": torch.ones(1)})), "tensor x"),
     "a file is cut off": (_cut, "cut off"),
-    "config.json is no JSON": (lambda path: (path / "config.json").write_text("{"), "config.json is not JSON"),
+    "config.json is no JSON": (lambda path: (path / "config.json").write_text("{"), "json is damaged: not JSON"),
     "config.json is missing": (lambda path: (path / "config.json").unlink(), "config.json not found"),
     "the weights are missing": (lambda path: (path / "model.safetensors").unlink(), "lacks 20 of 20"),
 }
