@@ -41,13 +41,12 @@ The metrics, one row per step in metrics.jsonl:
     clip_low, clip_high  share of tokens whose ratio is outside the clip range where that stops the gradient
                          (0 with one update per rollout)
     kl                   k3 estimate of KL to the reference; with --kl-coef only
-    lr, grad_norm        learning rate; gradient norm before clipping at 1.0
-    skipped              updates left out because the norm was not finite
-    trained_tokens       response tokens that got a forward pass
-    time_rollout, time_update, share_rollout, rollout_tokens_per_s, update_tokens_per_s
-                         seconds and speed of the two halves of a step
-    eval_accuracy, eval_length, eval_length_correct, eval_length_wrong, eval_truncated, eval_n, time_eval
-                         greedy on held-out problems, same template and cap; eval_n problems
+    lr, grad_norm, skipped, trained_tokens
+                         learning rate; gradient norm before clipping at 1.0; updates left out because it was
+                         not finite; response tokens that got a forward pass
+    time_*, share_rollout, *_tokens_per_s
+                         seconds and speed of the two halves of a step, rollout and update, and of evaluations
+    eval_*               the same on eval_n held-out problems, greedy, with the template and cap of training
 """
 
 import contextlib
@@ -200,8 +199,7 @@ def parse_schedule(text: str) -> dict[int, int]:
     except ValueError:
         caps = {}
     if 0 not in caps or min(caps) < 0 or min(caps.values()) < 1:
-        how = "give step:tokens pairs that begin at 0, as 0:2048,200:4096"
-        raise ValueError(f'"{text}" is no length schedule: {how}')
+        raise ValueError(f'"{text}" is no length schedule: step:tokens pairs begin at 0, as 0:2048,200:4096')
     return caps
 
 
@@ -244,9 +242,8 @@ def rollout(
 ) -> list[Sample]:
     """n scored responses of up to `cap` tokens to each of this rank's problems (every size-th), by group.
 
-    Response j to the i-th problem draws from (seed, first_id + i, j), on whatever rank it is made. Ranks do
-    not steal problems from each other: in bf16 a rollout depends on its neighbours, and so would on the
-    ranks' speed.
+    Response j to the i-th problem draws from (seed, first_id + i, j), on whatever rank. Ranks do not steal
+    work from each other: in bf16 a rollout depends on its neighbours, and so would on the ranks' speed.
     """
     mine = range(world.rank, len(problems), world.size)
     groups = verify.sample_and_grade(
@@ -270,8 +267,8 @@ def score(text: str, problem: dict) -> float:
     """verify.reward, which whoever forks this may have replaced: what it returns must be a number."""
     r = verify.reward(text, problem["answer"])
     if not isinstance(r, numbers.Real) or not math.isfinite(r):
-        what = f"the reward of {text[:60]!r} is {r!r}, not a finite number"
-        raise ValueError(f"{what} (answer {problem['answer']!r})")
+        gold = problem["answer"]
+        raise ValueError(f"the reward of {text[:60]!r} is {r!r}, not a finite number (answer {gold!r})")
     return float(r)
 
 
@@ -518,6 +515,8 @@ def update_metrics(sums: dict[str, float], norms: list[float], args, world: Worl
 # ------------------------------------------------------------------------------------------------------------
 # A run
 
+EVALUATED = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
+
 
 def train(args, world: World) -> None:
     """GRPO to --steps, from where the run's folder stands. After a signal: save, SystemExit(128 + signal)."""
@@ -589,8 +588,7 @@ def evaluate(sampler: Sampler, held_out: list[dict], step: int, name: str, args,
     more = f"(correct {m['length_correct'] or 0:.0f}), truncated {m['truncated']:.1%}"
     files.print0(f"[{name}] step {step}/{args.steps} held-out: {correct} {more}")
     row = {"eval_n": len(problems), "steps": args.steps, "time_eval": time.perf_counter() - start}
-    kept = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
-    return row | {"eval_" + key: m[key] for key in kept}
+    return row | {"eval_" + key: m[key] for key in EVALUATED}
 
 
 def line(m: dict) -> str:
@@ -608,14 +606,11 @@ def write_rollouts(path: str, samples: list[Sample], problems: list[dict], world
     parts = [samples] * world.size
     if world.size > 1:
         dist.all_gather_object(parts, samples)
-    everyone = sorted((s for part in parts for s in part), key=lambda s: s.group)  # groups stay in order
-    rows = [
-        {
-            "problem": problems[s.group]["problem"], "gold": problems[s.group]["answer"], "response": s.text,
-            "reward": s.reward, "tokens": len(s.tokens), "finish": "stop" if s.stopped else "length",
-        }
-        for s in everyone
-    ]
+    rows = []
+    for s in sorted((s for part in parts for s in part), key=lambda s: s.group):  # groups stay in order
+        problem, finish = problems[s.group], "stop" if s.stopped else "length"
+        row = {"problem": problem["problem"], "gold": problem["answer"], "response": s.text}
+        rows.append(row | {"reward": s.reward, "tokens": len(s.tokens), "finish": finish})
     if files.is_rank0():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         files.write_jsonl(path, rows)
@@ -661,7 +656,7 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
         k = min(args.eval_problems, max(1, len(train) // 10))
         train, held_out = train[:-k], train[-k:]
         if not train:
-            raise ValueError(f"{args.prompts} holds one problem, none is left to evaluate on: give --eval FILE")
+            raise ValueError(f"{args.prompts} holds one problem, none to evaluate on: give --eval FILE")
     else:  # disjoint by construction, and the same for every seed
         held_out = synth.problems("test", args.eval_problems)
     for row in train + held_out:
@@ -772,17 +767,15 @@ def check_args(args) -> None:
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
     if 0 < args.dual_clip <= 1:
-        how = "would take the gradient of every bad response: give 3, or 0 for none"
-        raise ValueError(f"--dual-clip {args.dual_clip} {how}")
+        raise ValueError(f"--dual-clip {args.dual_clip} leaves bad responses no gradient: give 3, or 0")
     if args.dual_clip and args.surrogate == "cispo":
         raise ValueError("--dual-clip does nothing with --surrogate cispo, which clips no token")
     if args.temperature <= 0:
         raise ValueError(f"--temperature {args.temperature} must be above 0: a greedy policy has no gradient")
     if args.rollouts < 2:
         raise ValueError("--rollouts 1 leaves nothing to compare a response with: give at least 2")
-    if args.prompts_per_step % args.updates:
-        equal = f"does not split into {args.updates} equal updates"
-        raise ValueError(f"--prompts-per-step {args.prompts_per_step} {equal}")
+    if (P := args.prompts_per_step) % args.updates:
+        raise ValueError(f"--prompts-per-step {P} does not split into {args.updates} equal updates")
 
 
 def main() -> None:
