@@ -1,30 +1,32 @@
-r"""The paper's thirteen benchmarks (arXiv 2506.20512, appendix), AIME 2024 and the generated world's test problems.
+r"""Problems with answers: the paper's thirteen benchmarks (arXiv 2506.20512, appendix), AIME 2024, the test
+problems of the generated corpus, own files, and data sets of the Hugging Face hub.
 
-Each is read from a file in the layout of the README, rows {"problem", "answer", ...}, or, where its set on the Hugging Face
-hub is known to us, from there. `shots` says which of the solved examples of prompts.py lead the question, and how many the
-paper gives.
+`load_problems` is the one door to all of them. A benchmark is read from a file in the layout of the README
+or, where its set on the hub is known to us, from there.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from data import prompts, recipes
-from data.files import read_jsonl
+from data.files import read_json, read_jsonl
 
 
 class Hub(NamedTuple):
-    """Where a benchmark lies on the hub, and how a row of it becomes (problem, answer)."""
+    """Where problems lie on the hub, and how a row becomes (problem, answer)."""
 
-    corpus: recipes.SourceSpec
+    spec: recipes.SourceSpec
     row: Callable[[dict], tuple[str, str]]
 
 
 class Benchmark(NamedTuple):
     file: str  # inside --data
-    shots: str  # a key of prompts.SHOTS
-    count: int  # of them, in the paper
+    shots: str  # the style of the solved examples before a question: a key of prompts.SHOTS
+    count: int  # of solved examples in the paper
     hub: Hub | None = None
 
 
@@ -43,80 +45,105 @@ def last_box(solution: str) -> str:
     return ""
 
 
-def _with_options(question: str, options: list[str], right: int) -> tuple[str, str]:
-    letters = ", ".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGH", options))
-    return f"{question}\nWhat of the following is the right choice? Explain your answer.\n{letters}", "ABCDEFGH"[right]
+def _with_options(row: dict) -> tuple[str, str]:
+    letters = ", ".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGH", row["choices"]))
+    asked = "What of the following is the right choice? Explain your answer."
+    return f"{row['question']}\n{asked}\n{letters}", "ABCDEFGH"[row["answer"]]
+
+
+def _usual_columns(row: dict) -> tuple[str, str]:
+    """A question or problem; an answer, GSM8K's with its reasoning, or a solution whose last box it is."""
+    problem, answer = row.get("problem") or row.get("question"), row.get("answer")
+    if answer is None:
+        answer = last_box(str(row.get("solution")))
+    text = str(answer).rpartition("####")[2].strip()
+    if not isinstance(problem, str) or not text or type(answer) not in (str, int, float):
+        raise KeyError
+    return problem, text
 
 
 BENCHMARKS = {
-    "gsm8k": Benchmark("gsm8k/test.jsonl", "word", 8, _hub(
-        "openai/gsm8k", lambda r: (r["question"], r["answer"].rpartition("####")[2].strip()), "main")),
+    "gsm8k": Benchmark("gsm8k/test.jsonl", "word", 8, _hub("openai/gsm8k", _usual_columns, "main")),
     "math": Benchmark("math/test.jsonl", "math", 4, _hub(
         "DigitalLearningGmbH/MATH-lighteval", lambda r: (r["problem"], last_box(r["solution"])), "default")),
-    "math500": Benchmark("eval/math500.jsonl", "math", 4, _hub(
-        "HuggingFaceH4/MATH-500", lambda r: (r["problem"], r["answer"]))),
+    "math500": Benchmark("eval/math500.jsonl", "math", 4, _hub("HuggingFaceH4/MATH-500", _usual_columns)),
     "olympiadbench": Benchmark("eval/olympiadbench.jsonl", "math", 4, _hub(
-        "Hothan/OlympiadBench", lambda r: (r["question"], ", ".join(r["final_answer"])), "OE_TO_maths_en_COMP", "train")),
-    "amc23": Benchmark("eval/amc23.jsonl", "math", 0, _hub(
-        "math-ai/amc23", lambda r: (r["question"], str(r["answer"])))),
+        "Hothan/OlympiadBench", lambda r: (r["question"], ", ".join(r["final_answer"])),
+        "OE_TO_maths_en_COMP", "train")),
+    "amc23": Benchmark("eval/amc23.jsonl", "math", 0, _hub("math-ai/amc23", _usual_columns)),
     "sat_math": Benchmark("eval/sat_math.jsonl", "choice", 4),
     "ocwcourses": Benchmark("eval/ocwcourses.jsonl", "course", 4),
-    "mmlu_stem": Benchmark("eval/mmlu_stem.jsonl", "choice", 4, _hub(
-        "TIGER-Lab/MMLU-STEM", lambda r: _with_options(r["question"], r["choices"], r["answer"]))),
+    "mmlu_stem": Benchmark("eval/mmlu_stem.jsonl", "choice", 4, _hub("TIGER-Lab/MMLU-STEM", _with_options)),
     "mathqa": Benchmark("eval/mathqa.jsonl", "choice", 4),
     "svamp": Benchmark("eval/svamp.jsonl", "word", 8, _hub(
         "ChilleD/SVAMP", lambda r: (f"{r['Body']} {r['Question']}", str(r["Answer"])))),
     "asdiv": Benchmark("eval/asdiv.jsonl", "word", 8, _hub(
-        "EleutherAI/asdiv", lambda r: (f"{r['body']} {r['question']}", r["answer"].partition(" (")[0]), split="validation")),
+        "EleutherAI/asdiv", lambda r: (f"{r['body']} {r['question']}", r["answer"].partition(" (")[0]),
+        split="validation")),
     "mawps": Benchmark("eval/mawps.jsonl", "word", 8),
     "tabmwp": Benchmark("eval/tabmwp_test1k.jsonl", "table", 8),
     "aime24": Benchmark("eval/aime24.jsonl", "math", 0),
     "synth": Benchmark("", "word", 0),
-}  # fmt: skip
-PAPER = ("gsm8k", "math", "math500", "olympiadbench", "amc23", "sat_math", "ocwcourses", "mmlu_stem", "mathqa", "svamp",
-         "asdiv", "mawps", "tabmwp")  # fmt: skip
+}
+THIRTEEN = tuple(name for name in BENCHMARKS if name not in ("aime24", "synth"))
 
 
-def read(name: str, folder: str | None, limit: int | None, seed: int = 0) -> list[dict]:
-    """Rows {"problem", "answer", ...} of a benchmark, at most `limit` (synth: 500 unless said)."""
-    if name == "synth":
+def load_problems(source: str, data_dir=None, limit: int | None = None, seed: int = 0) -> list[dict]:
+    """Rows {"problem", "answer", ...}, both of them text, at most `limit`.
+
+    source: a benchmark's name, a file of JSON lines, or hub:ID[:PART[:SPLIT]]; what is a name and a file is
+    the file. data_dir: folder of the benchmarks' files; None: they come from the hub. synth: problems of the
+    generated corpus's test split, made from the seed, 500 if there is no limit.
+    """
+    bench = None if os.path.isfile(source) else BENCHMARKS.get(source)
+    if bench and source == "synth":
         from data import synth
 
         return synth.problems("test", limit or 500, seed)
-    if name not in BENCHMARKS:
-        raise ValueError(f"no benchmark {name!r} (valid: {', '.join(BENCHMARKS)}, or paper for its thirteen)")
-    bench = BENCHMARKS[name]
-    if folder is None and bench.hub is None:
-        raise ValueError(f"where {name} lies on the hub is not known here: --data DIR reads DIR/{bench.file}")
-    found = read_problems(Path(folder) / bench.file) if folder is not None else _from_hub(name, bench.hub)
-    rows = [row for _, row in zip(range(limit or 1 << 60), found)]
-    if not rows:
-        raise ValueError(f"{bench.file} has no rows")
-    return rows
+    if bench and data_dir is not None:
+        rows = read_rows(Path(data_dir) / bench.file, ("problem", "answer"))
+    elif bench and bench.hub:
+        rows = _hub_rows(bench.hub)
+    elif bench:
+        where = f"--data DIR reads DIR/{bench.file}"
+        raise ValueError(f"where {source} lies on the hub is not known here: {where}")
+    elif source.startswith("hub:"):
+        name, part, split = (source[4:].split(":") + ["", ""])[:3]
+        rows = _hub_rows(_hub(name, _usual_columns, part, split or "train"))
+    else:
+        rows = read_rows(source, ("problem", "answer"))
+    problems = list(islice(rows, limit))
+    if not problems:
+        raise ValueError(f"{source} holds no problem")
+    return problems
 
 
-def read_problems(path: Path) -> Iterator[dict]:
-    """Rows of a file of JSON lines, "problem" and "answer" as text."""
+def read_rows(path: str | Path, *pairs: tuple[str, str]) -> Iterator[dict]:
+    """Rows of a file of JSON lines that have both names of one of the pairs, as text. Numbers become text."""
+    wanted = " or ".join(" and ".join(f'"{name}"' for name in pair) for pair in pairs)
     for number, row in enumerate(read_jsonl(path), 1):
-        if not isinstance(row.get("problem"), str) or type(row.get("answer")) not in (str, int, float):
-            raise ValueError(f'{path}:{number}: a row needs "problem" and "answer", as text')
-        yield row | {"answer": str(row["answer"])}
+        pair = next((pair for pair in pairs if pair[0] in row and pair[1] in row), pairs[0])
+        if not isinstance(row.get(pair[0]), str) or type(row.get(pair[1])) not in (str, int, float):
+            raise ValueError(f"{path}, line {number}: a row needs {wanted}, as text")
+        yield row | {pair[1]: str(row[pair[1]])}
 
 
-def _from_hub(name: str, hub: Hub) -> Iterator[dict]:
-    from data.prepare import corpus_rows
+def _hub_rows(hub: Hub) -> Iterator[dict]:
+    from data.prepare import source_rows
 
-    for number, (where, row) in enumerate(corpus_rows(hub.corpus, Path(), 0, None), 1):
+    for number, (where, row) in enumerate(source_rows(hub.spec), 1):
         try:
             problem, answer = hub.row(row)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            has = ", ".join(row)
-            raise ValueError(f"{where}: row {number} is not what {name} was: {error!r}; columns: {has}") from None
-        yield {"problem": problem, "answer": answer, "id": f"{name}/{number - 1}"}
+        except (KeyError, TypeError, AttributeError, IndexError):
+            problem = f"row {number} has no problem with an answer; its columns: {', '.join(row)}"
+            raise ValueError(f"{where}: {problem}") from None
+        yield {"problem": problem, "answer": answer}
 
 
 def prompt(name: str, problem: str, shots: int | None, template: str) -> str:
-    """The text that is put before the model. shots: so many solved examples; None: as many as in the paper."""
+    """The text that the model continues. shots: number of solved examples; None: as many as in the paper."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"no benchmark {name!r} (valid: {', '.join(BENCHMARKS)}, or paper for its thirteen)")
     bench = BENCHMARKS[name]
     examples = prompts.SHOTS[bench.shots]
     wanted = bench.count if shots is None else shots
@@ -129,7 +156,7 @@ _OPTION = re.compile(r"\(([A-H])\)\s*(.*?)\s*(?=,?\s*\([A-H]\)|$)", re.DOTALL)
 
 
 def options(row: dict) -> dict[str, str]:
-    """{letter: text} of a row whose answer is a letter among those that its problem lists; {} for other rows."""
+    """{letter: text} of a row whose answer is a letter among those that its problem lists; else {}."""
     if not re.fullmatch(r"[A-H]", row["answer"]):
         return {}
     found = dict(_OPTION.findall(row["problem"].rpartition("right choice?")[2]))
@@ -139,48 +166,24 @@ def options(row: dict) -> dict[str, str]:
 
 
 def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
-    """What is known of a stage's training that makes its score on these rows doubtful, a sentence each.
+    """Warnings: what is known of a stage's training that makes its score on these rows doubtful.
 
     folder: of the stage. An RL run's prompts are compared with the problems, text by text.
     """
-    from data.files import read_json
-
-    said, stage = [], Path(folder)
+    warnings, stage = [], Path(folder)
     config = read_json(stage / "config.json", missing_ok=True) or {}
     if isinstance(path := config.get("prompts"), str) and Path(path).is_file():
         trained = {_plain(str(row.get("problem", ""))) for row in read_jsonl(Path(path))}
         if same := sum(_plain(row["problem"]) in trained for row in rows):
             better = "; report math500 instead" if name == "math" else ""
-            said.append(f"{same} of the {len(rows)} problems of {name} are among the prompts of its RL, {path}{better}")
+            where = f"are among the prompts of its RL, {path}{better}"
+            warnings.append(f"{same} of the {len(rows)} problems of {name} {where}")
     index = read_json(stage.parent / "data/index.json", missing_ok=True) or {}
     if kept := (index.get("settings") or {}).get("keep_overlaps"):
-        said.append(
-            f"its data kept answers to problems of benchmarks ({', '.join(kept)}, by --keep-overlaps): {name} may suffer"
-        )
-    return said
+        kept = f"({', '.join(kept)}, by --keep-overlaps)"
+        warnings.append(f"its data kept answers to problems of benchmarks {kept}: {name} may suffer")
+    return warnings
 
 
 def _plain(problem: str) -> str:
     return "".join(problem.split()).lower()
-
-
-def load_problems(source, data_dir=None, limit=None, seed=0):
-    from data import prepare
-    import os
-    if source.startswith("hub:"):
-        rows=[]
-        for number, (what, row) in enumerate(prepare.corpus_rows(prepare.hub_corpus("qa", source[4:]), Path(), 0, None), 1):
-            problem, answer = row.get("problem") or row.get("question"), row.get("answer")
-            if answer is None:
-                answer = last_box(str(row.get("solution")))
-            is_text = type(answer) in (str, int, float)
-            answer = str(answer).rpartition("####")[2].strip()
-            if not isinstance(problem, str) or not answer or not is_text:
-                raise ValueError(f"{what}: row {number} has no problem with an answer; its columns: {', '.join(row)}")
-            rows.append({"problem": problem, "answer": answer})
-        return rows
-    if source in BENCHMARKS and not os.path.exists(source):
-        return read(source, data_dir, limit, seed)
-    rows = list(read_problems(Path(source)))
-    if not rows: raise ValueError(f"{source} holds no problem")
-    return rows

@@ -1,8 +1,9 @@
-"""verify.py: what is equal and what is not, which answer a response gives, hostile input, the command line."""
+"""verify.py: what is equal, which answer a response gives, hostile input, benchmarks, the command line."""
 
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,57 +22,61 @@ from verify import extract_answer, is_equivalent, reward, wilson
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("OCTO_DATA", "nowhere"))
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Equivalence: (answer, gold), by convention
 
 EQUAL = [
-    ("1000.0", "1000"), (".4", "0.4"), ("1,234,567", "1234567"), (r"10{,}000", "10000"), (r"1\,000\,000", "10^6"),
-    ("0.00003", r"3\times10^{-5}"), ("4.4e7", "44000000"), ("１２", "12"), ("−5", "-5"), ("3×4", "12"),
-    (r"\frac12", "0.5"), (r"\dfrac{-3}{4}", r"-\frac34"), ("10/9", r"\frac{10}{9}"), ("½", r"\tfrac{1}{2}"),
-    (r"3\frac12", "7/2"), ("3 1/2", "3.5"), (r"-1\frac{1}{4}", "-1.25"), (r"12 \frac{3}{5}", r"\frac{63}{5}"),
-    (r"\sqrt{20}", r"2\sqrt5"), (r"\frac{1}{\sqrt3}", r"\frac{\sqrt{3}}{3}"), (r"2^{1/3}", r"\sqrt[3]{2}"),
-    (r"\sqrt{2+\sqrt3}", r"\frac{\sqrt6+\sqrt2}{2}"), (r"\sqrt[3]{-8}", "-2"), ("4.123105625617661", r"\sqrt{17}"),
-    (r"\ln\frac12", r"-\ln 2"), (r"\log_2 8", "3"), (r"\sin 30^\circ", r"\frac12"), (r"\cos\frac{\pi}{3}", "0.5"),
-    (r"\arctan 1", r"\frac\pi4"), ("e^{i\\pi}", "-1"), (r"\frac{1+i\sqrt3}{2}", r"\frac12+\frac{\sqrt3}{2}i"),
-    (r"\binom{2016}{8}", r"\frac{2016!}{8!\,2008!}"), (r"\lfloor 3.7\rfloor", "3"), ("|3+4i|", "5"), ("5!", "120"),
-    ("2+3x", "3x+2"), ("(x+1)^2", "x^2+2x+1"), ("a(b+c)", "ab+ac"), (r"2\sin x\cos x", r"\sin 2x"),
-    (r"\sqrt{1/n}", r"\frac{1}{\sqrt n}"), (r"\frac{n!}{(n-1)!}", "n"), ("\\tan x", r"\frac{\sin x}{\cos x}"),
-    (r"\left(-\infty, 3\right)", r"(-\infty,3)"), (r"[1,2]\cup[2,3]", "[1,3]"), (r"x\in[-2,7]", r"-2\le x\le7"),
-    ("x>2", r"(2,\infty)"), ("5 >= x", r"x\leq 5"), ("4>x>-1", "-1<x<4"), ("-x >= -1", "x <= 1"),
+    ("1000.0", "1000"), (".4", "0.4"), ("1,234,567", "1234567"), (r"10{,}000", "10000"),
+    (r"1\,000\,000", "10^6"), ("0.00003", r"3\times10^{-5}"), ("4.4e7", "44000000"), ("１２", "12"),
+    ("−5", "-5"), ("3×4", "12"), (r"\frac12", "0.5"), (r"\dfrac{-3}{4}", r"-\frac34"),
+    ("10/9", r"\frac{10}{9}"), ("½", r"\tfrac{1}{2}"), (r"3\frac12", "7/2"), ("3 1/2", "3.5"),
+    (r"-1\frac{1}{4}", "-1.25"), (r"12 \frac{3}{5}", r"\frac{63}{5}"), (r"\sqrt{20}", r"2\sqrt5"),
+    (r"\frac{1}{\sqrt3}", r"\frac{\sqrt{3}}{3}"), (r"2^{1/3}", r"\sqrt[3]{2}"),
+    (r"\sqrt{2+\sqrt3}", r"\frac{\sqrt6+\sqrt2}{2}"), (r"\sqrt[3]{-8}", "-2"),
+    ("4.123105625617661", r"\sqrt{17}"), (r"\ln\frac12", r"-\ln 2"), (r"\log_2 8", "3"),
+    (r"\sin 30^\circ", r"\frac12"), (r"\cos\frac{\pi}{3}", "0.5"), (r"\arctan 1", r"\frac\pi4"),
+    ("e^{i\\pi}", "-1"), (r"\frac{1+i\sqrt3}{2}", r"\frac12+\frac{\sqrt3}{2}i"),
+    (r"\binom{2016}{8}", r"\frac{2016!}{8!\,2008!}"), (r"\lfloor 3.7\rfloor", "3"), ("|3+4i|", "5"),
+    ("5!", "120"), ("2+3x", "3x+2"), ("(x+1)^2", "x^2+2x+1"), ("a(b+c)", "ab+ac"),
+    (r"2\sin x\cos x", r"\sin 2x"), (r"\sqrt{1/n}", r"\frac{1}{\sqrt n}"), (r"\frac{n!}{(n-1)!}", "n"),
+    ("\\tan x", r"\frac{\sin x}{\cos x}"), (r"\left(-\infty, 3\right)", r"(-\infty,3)"),
+    (r"[1,2]\cup[2,3]", "[1,3]"), (r"x\in[-2,7]", r"-2\le x\le7"), ("x>2", r"(2,\infty)"),
+    ("5 >= x", r"x\leq 5"), ("4>x>-1", "-1<x<4"), ("-x >= -1", "x <= 1"),
     (r"x<1\text{ or }x>3", r"(-\infty,1)\cup(3,\infty)"), (r"\varnothing", r"\emptyset"),
     ("5,3,2", "2, 3, 5"), (r"\{0,1,2\}", "0,1,2"), (r"\pm 3", "3,-3"), (r"1\pm\sqrt2", r"1-\sqrt2, 1+\sqrt2"),
     (r"12\text{ and }13", "12,13"), (r"p=-1,p=\frac{15}{8}", r"p=-1\text{ and }p=\dfrac{15}{8}"),
-    ("(1,4.5)", r"(1,\frac92)"), ("1, 2", "(1,2)"), (r"x=2,\ y=3", "(2,3)"), ("x = 5", "5"), (r"\text{Area}=20", "20"),
-    ("f(x)=2x+1", "y=2x+1"), ("y=3x+13", "3x-y+13=0"), ("(y+2)^2+(x-1)^2=3^2", "(x-1)^2+(y+2)^2=9"),
+    ("(1,4.5)", r"(1,\frac92)"), ("1, 2", "(1,2)"), (r"x=2,\ y=3", "(2,3)"), ("x = 5", "5"),
+    (r"\text{Area}=20", "20"), ("f(x)=2x+1", "y=2x+1"), ("y=3x+13", "3x-y+13=0"),
+    ("(y+2)^2+(x-1)^2=3^2", "(x-1)^2+(y+2)^2=9"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\left[\begin{array}{c}1\\[4pt]\frac42\end{array}\right]"),
     ("28%", r"28\%"), ("28", r"28\%"), ("0.28", r"28\%"), ("28 pct", r"28\%"), (r"20\%", "20"),
     (r"\$18", "18"), ("$18", "18"), (r"5\text{ cm}", "5"), ("30 minutes", "30"), ("3s", "3"), ("60°", "60"),
-    (r"15\mbox{ cm}^2", r"15\text{ square centimeters}"), ("5 feet", r"5\text{ ft}"), ("11:21", "V_1:V_2=11:21"),
-    ("3:2", r"\frac32"), ("12:00", "12:00"), ("52_{8}", "52_8"),
+    (r"15\mbox{ cm}^2", r"15\text{ square centimeters}"), ("5 feet", r"5\text{ ft}"),
+    ("11:21", "V_1:V_2=11:21"), ("3:2", r"\frac32"), ("12:00", "12:00"), ("52_{8}", "52_8"),
     ("Even", r"\text{even}"), (r"\text{(C)}", "C"), ("C) 12", "C"), (r"\text{B, A}", "A,B"),
     ("4:30 p.m.", r"\text{4:30 PM}"),
-]  # fmt: skip
+]
 
 DIFFERENT = [
-    ("0.333", "1/3"), ("3.14", r"\pi"), ("0.67", r"\frac23"), ("65537", "65536"), ("0.0009", "0.0001"), ("7", "-7"),
-    ("2^{100}+1", "2^{100}"), ("0", "e^{-10^9}"), (r"\frac{1}{2006!}", r"\frac{1}{2004!}"), ("10^{-20}", "10^{-21}"),
-    ("2005!", "2004!"),
-    (r"10^{20}+\sqrt2", r"10^{20}+\sqrt3"), (r"10^{20}\pi", r"10^{20}\pi+1"), ("2^{1}0", "2^{10}"), ("0x10", "16"),
-    ("2", r"2\sqrt3"), ("10", r"10\pi"), (r"\sqrt{35}", r"\sqrt3 5"), ("12", "1,2"), ("34+5", "3(4+5)"),
-    ("x^2", "2x"), ("x^2y", "x^{2y}"), ("y+1", "x+1"), ("x-y", "y-x"), (r"\sin^2 x", r"\sin 2x"), ("|x|", "x"),
+    ("0.333", "1/3"), ("3.14", r"\pi"), ("0.67", r"\frac23"), ("65537", "65536"), ("0.0009", "0.0001"),
+    ("7", "-7"), ("2^{100}+1", "2^{100}"), ("0", "e^{-10^9}"), (r"\frac{1}{2006!}", r"\frac{1}{2004!}"),
+    ("10^{-20}", "10^{-21}"), ("2005!", "2004!"), (r"10^{20}+\sqrt2", r"10^{20}+\sqrt3"),
+    (r"10^{20}\pi", r"10^{20}\pi+1"), ("2^{1}0", "2^{10}"), ("0x10", "16"), ("2", r"2\sqrt3"),
+    ("10", r"10\pi"), (r"\sqrt{35}", r"\sqrt3 5"), ("12", "1,2"), ("34+5", "3(4+5)"), ("x^2", "2x"),
+    ("x^2y", "x^{2y}"), ("y+1", "x+1"), ("x-y", "y-x"), (r"\sin^2 x", r"\sin 2x"), ("|x|", "x"),
     (r"\sqrt{x}+1", r"\sqrt{x+1}"), (r"\frac{1}{1-x}", r"\frac{1}{x-1}"), ("X", "x"), (r"\sqrt{x^2}", "x"),
-    ("[1,2]", "[1,3]"), ("(1,2]", "(1,2)"), (r"[2,\infty)", "x>2"), ("-1<x", "-1<x<4"), (r"(\infty,2)", r"(2,\infty)"),
-    (r"(-\infty,1]\cup[2,\infty)", r"(-\infty,1)\cup(2,\infty)"), ("x<5", "x>5"), ("y>2", "x>2"),
-    (r"\{0\}", r"\emptyset"),
-    ("3,4", "3"), (r"3\text{ or }4", "3"), (r"\text{either }3\text{ or }5", "3"), (r"\pm5", "5"), ("5;6", "5"),
-    (r"x\geq3", "3"), ("x=2", "x^2=4"), ("x=-5", "x=5"), ("y=5", "x=5"), ("0", "a+3z=0"), ("y=2x+100", "y=2x+3"),
-    ("(3,-1)", "(-1,3)"), ("3,-1,0", "(3,-1)"), (r"\{1,2\}", "(1,2)"), ("(12,3)", "(1,23)"), ("21,36", "19,46,82"),
-    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"2.8\%", r"28\%"), ("0.12", "12"),
-    (r"3\text{ minutes}", r"3\text{ hours}"),
-    (r"3\%", r"3\text{ hours}"), (r"15\text{ cm}", r"15\text{ cm}^2"), ("5 cents", r"\$5"), ("2", "2s"),
-    ("204_6", "204_5"), ("204", "204_5"), ("6:4", "3:2"), ("4:30 a.m.", "4:30 p.m."), ("B", "A"), ("False", "True"),
+    ("[1,2]", "[1,3]"), ("(1,2]", "(1,2)"), (r"[2,\infty)", "x>2"), ("-1<x", "-1<x<4"),
+    (r"(\infty,2)", r"(2,\infty)"), (r"(-\infty,1]\cup[2,\infty)", r"(-\infty,1)\cup(2,\infty)"),
+    ("x<5", "x>5"), ("y>2", "x>2"), (r"\{0\}", r"\emptyset"), ("3,4", "3"), (r"3\text{ or }4", "3"),
+    (r"\text{either }3\text{ or }5", "3"), (r"\pm5", "5"), ("5;6", "5"), (r"x\geq3", "3"), ("x=2", "x^2=4"),
+    ("x=-5", "x=5"), ("y=5", "x=5"), ("0", "a+3z=0"), ("y=2x+100", "y=2x+3"), ("(3,-1)", "(-1,3)"),
+    ("3,-1,0", "(3,-1)"), (r"\{1,2\}", "(1,2)"), ("(12,3)", "(1,23)"), ("21,36", "19,46,82"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"2.8\%", r"28\%"),
+    ("0.12", "12"), (r"3\text{ minutes}", r"3\text{ hours}"), (r"3\%", r"3\text{ hours}"),
+    (r"15\text{ cm}", r"15\text{ cm}^2"), ("5 cents", r"\$5"), ("2", "2s"), ("204_6", "204_5"),
+    ("204", "204_5"), ("6:4", "3:2"), ("4:30 a.m.", "4:30 p.m."), ("B", "A"), ("False", "True"),
     (r"\text{None}", "0"), (r"\text{True}", "1"), ("i", "1"), ("", "5"), ("5", ""), ("abc(", "abd("),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("answer, gold", EQUAL)
@@ -85,47 +90,37 @@ def test_different_by_convention(answer, gold):
 
 
 def test_verdicts_do_not_depend_on_the_order_but_for_bare_letter_units():
-    assert is_equivalent("3s", "3") and not is_equivalent("3", "3s")  # the gold decides whether s may be a variable
+    assert is_equivalent("3s", "3") and not is_equivalent("3", "3s")  # s may be a variable in a gold
     for answer, gold in EQUAL + DIFFERENT:
         if answer not in ("3s", "2"):
             assert is_equivalent(answer, gold) == is_equivalent(gold, answer), (answer, gold)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Extraction and reward
 
 
-@pytest.mark.parametrize(
-    "response, answer",
-    [
-        (r"so \boxed{42}", "42"),
-        (r"\boxed{\frac{1}{\sqrt{2}}} is it", r"\frac{1}{\sqrt{2}}"),
-        (r"first \boxed{1}, then, after a check, \boxed{2}", "2"),
-        (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}.\]", "-2, 1"),
-        (r"\boxed{(1, 2)}, \boxed{(2, 1)}", "(1, 2), (2, 1)"),
-        (r"\fbox{5}", "5"),
-        (r"\boxed 5.", "5"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{a} and the cut \boxed{b", "a"),
-        (r"<think>\boxed{5}</think> it is \boxed{8}", "8"),
-        (r"<think>\boxed{5}</think> done", "5"),
-        ("\\boxed{5}\n\nQuestion: What else? \\boxed{6}", "5"),
-        ("6 + 6 = 12\n#### 12", "12"),
-        ("The final answer is $\\frac{3}{4}$. I hope it is correct.", r"\frac{3}{4}"),
-        ("The answer is 1/5.", "1/5"),
-        ("Option (A) is wrong. The answer is (C).", "C"),
-        ("### Final Answer\n5", "5"),
-        ("She makes $3 x 4 = $12 in 5 days.", "$12"),
-        ("Therefore $x \\geq 5$ is the solution.", r"x \geq 5"),
-        ("nothing to see", None),
-        (r"\boxed{}", None),
-        (r"\boxed{?}", None),
-        (r"\boxed{...}", None),
-        ("", None),
-    ],
-)
+@pytest.mark.parametrize("response, answer", [
+    (r"so \boxed{42}", "42"), (r"\boxed{\frac{1}{\sqrt{2}}} is it", r"\frac{1}{\sqrt{2}}"),
+    (r"first \boxed{1}, then, after a check, \boxed{2}", "2"),
+    (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}.\]", "-2, 1"),
+    (r"\boxed{(1, 2)}, \boxed{(2, 1)}", "(1, 2), (2, 1)"), (r"\fbox{5}", "5"), (r"\boxed 5.", "5"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{a} and the cut \boxed{b", "a"),
+    (r"<think>\boxed{5}</think> it is \boxed{8}", "8"), (r"<think>\boxed{5}</think> done", "5"),
+    ("\\boxed{5}\n\nQuestion: What else? \\boxed{6}", "5"), ("6 + 6 = 12\n#### 12", "12"),
+    ("The final answer is $\\frac{3}{4}$. I hope it is correct.", r"\frac{3}{4}"),
+    ("The answer is 1/5.", "1/5"), ("Option (A) is wrong. The answer is (C).", "C"),
+    ("### Final Answer\n5", "5"), ("She makes $3 x 4 = $12 in 5 days.", "$12"),
+    ("Therefore $x \\geq 5$ is the solution.", r"x \geq 5"),
+    ("nothing to see", None), (r"\boxed{}", None), (r"\boxed{?}", None), (r"\boxed{...}", None), ("", None),
+])
 def test_the_answer_a_response_gives(response, answer):
     assert extract_answer(response) == answer
+
+
+def test_a_box_behind_a_row_break_is_one_and_an_escaped_one_is_not():
+    assert extract_answer(r"1 \\\boxed{5}", box_only=True) == "5"
+    assert extract_answer(r"1 \\boxed{5}", box_only=True) is None
 
 
 def test_reward_wants_a_box():
@@ -136,13 +131,13 @@ def test_reward_wants_a_box():
     assert reward("", "0.5") == -1.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Properties
 
 PIECES = st.sampled_from((
-    r"\frac \sqrt { } ( ) [ ] ^ _ 9 12 x y \pi ! + - * / \left \right | \{ \} \text{ \boxed{ = < \le , \cup e i \sin "
-    r"\log \binom \begin{pmatrix} \end{pmatrix} & \\ \infty % ° ½ √ \pm \lfloor \rfloor 1e99 $ . : ' eval( \mbox{cm}"
-).split(" "))  # fmt: skip
+    r"\frac \sqrt { } ( ) [ ] ^ _ 9 12 x y \pi ! + - * / \left \right | \{ \} \text{ \boxed{ = < \le , \cup e "
+    r"i \sin \log \binom \begin{pmatrix} \end{pmatrix} & \\ \infty % ° ½ √ \pm \lfloor \rfloor 1e99 $ . : ' "
+    r"eval( \mbox{cm}").split(" "))
 LATEX = st.lists(PIECES, max_size=25).map("".join)
 RATIONAL = st.fractions(min_value=-1000, max_value=1000, max_denominator=500)
 
@@ -166,15 +161,17 @@ def test_everything_equals_itself(text):
 @given(RATIONAL, RATIONAL)
 @settings(max_examples=200, deadline=None)
 def test_rationals_in_any_form(p, q):
-    forms = [f"{x.numerator}/{x.denominator}" for x in (p, q)], [
-        rf"\dfrac{{{x.numerator}}}{{{x.denominator}}}" for x in (p, q)
-    ]  # fmt: skip
+    plain = [f"{x.numerator}/{x.denominator}" for x in (p, q)]
+    forms = plain, [rf"\dfrac{{{x.numerator}}}{{{x.denominator}}}" for x in (p, q)]
     assert is_equivalent(forms[0][0], forms[1][1]) == (p == q) == is_equivalent(forms[1][1], forms[0][0])
-    total = p + q
-    assert is_equivalent(f"{forms[0][0]} + ({forms[1][1]})", rf"\frac{{{total.numerator}}}{{{total.denominator}}}")
+    total = rf"\frac{{{(p + q).numerator}}}{{{(p + q).denominator}}}"
+    assert is_equivalent(f"{forms[0][0]} + ({forms[1][1]})", total)
 
 
-@given(st.lists(st.integers(-9, 9), min_size=2, max_size=5), st.lists(st.integers(-9, 9), min_size=2, max_size=5))
+COEFFICIENTS = st.lists(st.integers(-9, 9), min_size=2, max_size=5)
+
+
+@given(COEFFICIENTS, COEFFICIENTS)
 @settings(max_examples=200, deadline=None)
 def test_polynomials_are_their_coefficients(a, b):
     def text(coefficients):
@@ -183,42 +180,42 @@ def test_polynomials_are_their_coefficients(a, b):
     trimmed = [([0] * 5 + c[::-1])[-5:] for c in (a, b)]
     assert is_equivalent(text(a), text(b)) == (trimmed[0] == trimmed[1])
     factored = f"({text(a)})({text(b)})"
-    product = [sum(a[i] * b[k - i] for i in range(len(a)) if 0 <= k - i < len(b)) for k in range(len(a) + len(b) - 1)]
+    product = [0] * (len(a) + len(b) - 1)
+    for (i, x), (j, y) in itertools.product(enumerate(a), enumerate(b)):
+        product[i + j] += x * y
     assert is_equivalent(factored, text(product))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bounds
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("48 / 12 = 4\nHe spends $50 on the cheapest flour because 50 < 52", "$50"),
-        ("She needs 4 cans because 8 / 2 = 4", "4"),
-        ("3 pins / 21 * 100% = 14.28 which rounds down to 14%", "14%"),
-        ("The mean is 14.2857, rounded to 2 decimal places 14.29", "14.29"),
-        ("14 + 7 + 12 = 33 oz\nThere are 33 ounces of cereal in those 3 boxes.", "33"),
-        ("There are 33 ounces of cereal in those 3 boxes.", "3"),
-        ("38 - 32 = 32 + x - 32, or, 6 = x", "6"),
-        ("we get $\\frac{a}{b} = 2$. So it increases by 100%.", "100%"),
-    ],
-)
+@pytest.mark.parametrize("text, answer", [
+    ("48 / 12 = 4\nHe spends $50 on the cheapest flour because 50 < 52", "$50"),
+    ("She needs 4 cans because 8 / 2 = 4", "4"),
+    ("3 pins / 21 * 100% = 14.28 which rounds down to 14%", "14%"),
+    ("The mean is 14.2857, rounded to 2 decimal places 14.29", "14.29"),
+    ("14 + 7 + 12 = 33 oz\nThere are 33 ounces of cereal in those 3 boxes.", "33"),
+    ("There are 33 ounces of cereal in those 3 boxes.", "3"),
+    ("38 - 32 = 32 + x - 32, or, 6 = x", "6"),
+    ("we get $\\frac{a}{b} = 2$. So it increases by 100%.", "100%"),
+])
 def test_the_answer_in_prose(text, answer):
     assert extract_answer(text) == answer
 
 
 HOSTILE = [
     "9^9^9^9^9", "10^{10^{10}}", "2^{100000}-2^{99999}", "9999999!", "(((9!)!)!)!", r"\binom{999999}{499999}",
-    "(" * 50_000 + ")" * 50_000, "{" * 100_000, r"\boxed{" * 20_000, r"\[" * 50_000, "-" * 50_000 + "1", "9" * 100_000,
-    " " * 100_000, "\n" * 100_000, "$1" * 50_000, r"\frac" * 300, r"\sqrt" * 300, "x^" * 300 + "x", r"\sin" * 300 + "x",
-    "(x+1)^{30000}", "+".join([r"\sin(x^{1/3})"] * 120), "+".join(rf"\frac{{1}}{{{k}}}" for k in range(1, 150)),
-    "+".join(rf"(x+\frac{{1}}{{{k}}})^{{{k}}}" for k in range(2, 90)), ",".join(rf"\sqrt{{{k}}}" for k in range(150)),
-    "e^{e^{e^{e^{10}}}}", "e^{-10^9}", r"5\infty", r"\sin(10^{30})", "i^i", r"\tan\frac{\pi}{2}", r"\log_1 5",
-    "0^{-1}", r"\arcsin 2", "1e999",
-    "__import__('os').system('false')", "eval(\"type('X',(),{'equals':id})()\")", "().__class__", "\x00\ud800",
-    "the answer is " * 9000, r"3\frac{" * 30 + "3" + "}{2}" * 30,
-]  # fmt: skip
+    "(" * 50_000 + ")" * 50_000, "{" * 100_000, r"\boxed{" * 20_000, r"\[" * 50_000, "-" * 50_000 + "1",
+    "9" * 100_000, " " * 100_000, "\n" * 100_000, "$1" * 50_000, r"\frac" * 300, r"\sqrt" * 300,
+    "x^" * 300 + "x", r"\sin" * 300 + "x", "(x+1)^{30000}", "+".join([r"\sin(x^{1/3})"] * 120),
+    "+".join(rf"\frac{{1}}{{{k}}}" for k in range(1, 150)),
+    "+".join(rf"(x+\frac{{1}}{{{k}}})^{{{k}}}" for k in range(2, 90)),
+    ",".join(rf"\sqrt{{{k}}}" for k in range(150)), "e^{e^{e^{e^{10}}}}", "e^{-10^9}", r"5\infty",
+    r"\sin(10^{30})", "i^i", r"\tan\frac{\pi}{2}", r"\log_1 5", "0^{-1}", r"\arcsin 2", "1e999",
+    "__import__('os').system('false')", "eval(\"type('X',(),{'equals':id})()\")", "().__class__",
+    "\x00\ud800", "the answer is " * 9000, r"3\frac{" * 30 + "3" + "}{2}" * 30,
+]
 
 
 def test_hostile_input_is_answered_in_time():
@@ -230,7 +227,40 @@ def test_hostile_input_is_answered_in_time():
             extract_answer(text)
             seconds = time.perf_counter() - start
             assert verdict is True if gold == text and text.strip() else verdict in (True, False)
-            assert seconds < 1.0, f"{seconds:.2f} s for {text[:40]!r} against {gold[:40]!r}"  # 0.1 s on a quiet machine
+            # 0.1 s on a quiet machine
+            assert seconds < 1.0, f"{seconds:.2f} s for {text[:40]!r} against {gold[:40]!r}"
+
+
+NESTED = "(" * 27 + "e^{{{}}}" + ")^{{12}}" * 27
+
+
+@pytest.mark.parametrize("text, gold, equal", [
+    (r"(10^{4000})^{10^{4000}}", "5", False), (r"\pi^{10^{4000}}", "5", False),
+    (r"i^{10^{4000}}", "1", False), (r"(-1)^{10^{4000}}", "1", True), (r"e^{10^{4000}}", "5", False),
+    (r"\sin(10^{4000})", "5", False), (r"\sinh(10^{4000})", "5", False),
+    (r"\ln(10^{4000})", r"4000\ln 10", True), (r"\lfloor e^{69}\rfloor", "5", False),
+    (r"\lceil e^{-2000000}\rceil", "0", True), (r"(\pi^{30})!", "5", False),
+    (r"\binom{e^{20}}{3}", "5", False), (NESTED.format("2000000"), "5", False),
+    (NESTED.format("-2000000") + "+i", "i", True), (r"e^{2000000}+0", r"e^{2000000}", True),
+    ("0." + "3" * 990, "1/3", True), ("9" * 999 + "0", "9" * 999 + "1", False),
+    (r"\arctan i", r"\arctan i+1", False), (r"\tan\frac{\pi}{2}+0", r"\tan\frac{\pi}{2}+1", False),
+])
+def test_numbers_are_bounded_before_they_are_computed(text, gold, equal):
+    start = time.process_time()
+    assert is_equivalent(text, gold) == equal
+    assert time.process_time() - start < 1.0  # 0.01 s on a quiet machine
+
+
+@pytest.mark.parametrize("zero", [
+    r"\sin\pi", r"\sin(100\pi)", r"\cos\frac{\pi}{2}", r"\cosh\frac{i\pi}{2}", r"e^{i\pi}+1", r"\sqrt2^2-2",
+    r"(1+i)^{10}-32i", r"(\frac{1+i\sqrt3}{2})^{60}-1", r"\sqrt[3]{-8}+2", r"\log_2 8-3", r"i^i-e^{-\pi/2}",
+    r"\ln(-1)-i\pi", r"\sqrt{-4}-2i", r"\sqrt{3+4i}-2-i", r"10^{30}\pi+i-10^{30}\pi-i",
+    r"\arcsin 2+\arccos 2-\frac{\pi}{2}",
+])
+def test_what_cancels_is_zero(zero):
+    assert is_equivalent(zero, "0") and not is_equivalent(zero, "10^{-30}")
+    quotient = rf"\frac{{1}}{{{zero}}}"
+    assert not is_equivalent(quotient + "+1-1", quotient), "it has no value"
 
 
 def test_code_is_text():
@@ -254,12 +284,22 @@ def test_verdicts_are_the_same_in_threads():
     assert verdicts == [[True] * 40 + [False] * 40] * 4
 
 
+def test_precision_is_ours_alone():
+    import mpmath
+
+    before = mpmath.mp.prec
+    with mpmath.workdps(5):
+        assert is_equivalent(r"\sqrt2+10^{-30}", r"10^{-30}+\sqrt2")
+        assert not is_equivalent(r"\sqrt2+10^{-30}", r"\sqrt2")
+    assert mpmath.mp.prec == before
+
+
 def test_import_is_light():
     code = "import sys, verify; assert not {'torch', 'sympy', 'numpy', 'sample', 'model'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -270,34 +310,54 @@ def test_wilson_interval():
 
 
 class StubSampler:
-    """Answers "Q<k>" with k boxed, except that it never finishes Q3; remembers how it was called."""
+    """Answers the prompt "...#k..." with k boxed, but never finishes 3; remembers how it was called."""
 
     slots = 2
 
     def __init__(self):
         self.tokenizer = SimpleNamespace(encode=lambda text: list(text.encode()), stop_ids=(0,))
 
-    def generate(self, prompts, n=1, max_new_tokens=None, temperature=None, seed=None, stop=None, request_ids=None):
-        self.called = {"prompts": prompts, "max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+    def generate(self, prompts, n, **options):
+        self.called = {"prompts": prompts, **options}
         out = []
         for prompt in prompts:
-            number = bytes(prompt).decode().partition("Q")[2][0]
-            text, reason = ("hm " * 10, "length") if number == "3" else (rf"It is \boxed{{{number}}}.", "stop")
+            number = re.search(r"#(\d)", bytes(prompt).decode())[1]
+            text = "hm " * 10 if number == "3" else rf"It is \boxed{{{number}}}."
+            reason = "length" if number == "3" else "stop"
             out.append([SimpleNamespace(text=text, tokens=[7] * len(text), finish_reason=reason)] * n)
         return out
 
 
-def test_evaluate_counts_samples_items_and_lengths():
+def test_samples_are_graded_in_order():
     sampler = StubSampler()
-    problems = [{"problem": f"Q{k}", "answer": str(k) if k < 4 else "0"} for k in (1, 2, 3, 4)]
-    rows = verify.evaluate(sampler, problems, lambda question: f"<{question}>", 50, n=2, temperature=1.0, seed=5)
+    problems = [{"problem": f"#{k}", "answer": str(k)} for k in (4, 1, 2)]
+    prompts = [list(f"<{row['problem']}>".encode()) for row in problems]
+    groups = verify.sample_and_grade(
+        sampler, problems, prompts, lambda text, row: (extract_answer(text), row["answer"]), n=2, seed=3,
+        request_ids=[7, 8, 9])
+    assert [[verdict for _, verdict in group] for group in groups] == [[(k, k)] * 2 for k in "412"]
+    assert groups[1][0][0].text == r"It is \boxed{1}." and sampler.called["request_ids"] == [7, 8, 9]
+    assert sampler.called["prompts"] == prompts and sampler.called["temperature"] == 0.0
+    assert sampler.called["stop"] == (0, "User:", "Assistant:", "Question:", "Answer:")
+    verify.sample_and_grade(sampler, problems, prompts, lambda text, row: None, stop=())
+    assert sampler.called["stop"] == ()
+
+
+def test_benchmarks_count_samples_items_and_lengths():
+    sampler = StubSampler()
+    problems = [{"problem": f"#{k}", "answer": str(k) if k < 4 else "0"} for k in (1, 2, 3, 4)]
+    args = SimpleNamespace(shots=0, template="simple", n=2, max_new_tokens=50, temperature=1.0, seed=5)
+    rows = verify.bench_rows(sampler, "gsm8k", problems, args, SimpleNamespace(rank=0, size=1))
     assert [row["correct"] for row in rows] == [True] * 4 + [False] * 4
-    result = verify.metrics(rows, 2)
-    assert (result["items"], result["accuracy"], result["truncated"], result["no_answer"]) == (4, 0.5, 0.25, 0.25)
+    assert [row["item"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    result = verify.summarise(rows, 2)
+    assert (result["items"], result["accuracy"]) == (4, 0.5)
+    assert (result["truncated"], result["no_answer"]) == (0.25, 0.25)
     assert result["length_correct"] == len(r"It is \boxed{1}.") < result["length"]
     assert (result["low"], result["high"]) == wilson(2, 4)
     assert result["pass"] == {1: 0.5, 2: 0.5} and result["majority"] == 0.5
-    assert bytes(sampler.called["prompts"][0]) == b"<Q1>" and sampler.called["seed"] == 5
+    assert bytes(sampler.called["prompts"][0]) == b"Question:\n#1\nAnswer:\n"
+    assert sampler.called["seed"] == 5 and sampler.called["request_ids"] == range(4)
     assert sampler.called["stop"] == (0, "User:", "Assistant:", "Question:", "Answer:")
 
 
@@ -309,31 +369,28 @@ def test_pass_at_k_is_the_mean_over_all_choices(n, data):
     assert verify.pass_at_k(n, sum(right), k) == pytest.approx(sum(map(any, choices)) / len(choices))
 
 
-@pytest.mark.parametrize(
-    "answers, right",
-    [("1/2 0.5 3", True), ("3 1/2 3", False), ("3 1/2", False), ("1/2 3", True), ("- - 0.5 -", True), ("- -", False)],
-)
-def test_majority_counts_equivalent_answers_together(answers, right):
+@pytest.mark.parametrize("answers, correct", [
+    ("1/2 0.5 3", True), ("3 1/2 3", False), ("3 1/2", False), ("1/2 3", True), ("- - 0.5 -", True),
+    ("- -", False)])
+def test_majority_counts_equivalent_answers_together(answers, correct):
     rows = [{"answer": None if a == "-" else a, "correct": a in ("1/2", "0.5")} for a in answers.split()]
-    assert verify.majority(rows) == right
+    assert verify.majority(rows) == correct
 
 
-@pytest.mark.parametrize(
-    "answer, right",
-    [("B", True), ("(B)", True), (r"\text{B}", True), ("4", True), ("4.0", True), ("C", False), ("2", False), ("(A)", False),
-     ("5", False), (None, False), ("0", False)],
-)  # fmt: skip
-def test_options_are_right_by_letter_and_by_text(answer, right):
-    question = (
-        "How many?\nWhat of the following is the right choice? Explain your answer.\n(A) 0, (B) 4, (C) 2, (D) 0.0"
-    )
-    assert verify.is_right(answer, {"problem": question, "answer": "B"}) == right
-    assert verify.is_right(answer, {"problem": "How many?", "answer": "B", "choices": ["0", "4", "2", "0.0"]}) == right
-    assert not verify.is_right("0", {"problem": question, "answer": "A"}), "two options say 0"
+@pytest.mark.parametrize("answer, correct", [
+    ("B", True), ("(B)", True), (r"\text{B}", True), ("4", True), ("4.0", True), ("C", False), ("2", False),
+    ("(A)", False), ("5", False), (None, False), ("0", False)])
+def test_options_are_correct_by_letter_and_by_text(answer, correct):
+    asked = "What of the following is the right choice? Explain your answer."
+    question = f"How many?\n{asked}\n(A) 0, (B) 4, (C) 2, (D) 0.0"
+    assert verify.is_correct(answer, {"problem": question, "answer": "B"}) == correct
+    row = {"problem": "How many?", "answer": "B", "choices": ["0", "4", "2", "0.0"]}
+    assert verify.is_correct(answer, row) == correct
+    assert not verify.is_correct("0", {"problem": question, "answer": "A"}), "two options say 0"
 
 
 def test_benchmarks_have_prompts_in_their_style():
-    assert len(benchmarks.PAPER) == 13 and set(benchmarks.PAPER) <= set(benchmarks.BENCHMARKS)
+    assert len(benchmarks.THIRTEEN) == 13 and set(benchmarks.THIRTEEN) <= set(benchmarks.BENCHMARKS)
     for name, bench in benchmarks.BENCHMARKS.items():
         text = benchmarks.prompt(name, "What is 1+1?", None, "simple")
         assert text.count("Question:\n") == text.count("boxed{") + 1 == bench.count + 1
@@ -343,15 +400,14 @@ def test_benchmarks_have_prompts_in_their_style():
         benchmarks.prompt("math", "1+1?", 5, "simple")
     for examples in prompts.SHOTS.values():
         for problem, solution in examples:
-            assert extract_answer(solution, box_only=True) and not any(
-                word in problem + solution for word in prompts.STOP
-            )
+            assert extract_answer(solution, box_only=True)
+            assert not any(word in problem + solution for word in prompts.STOP)
 
 
 def test_hub_rows_become_problems_and_answers():
     rows = {
         "gsm8k": {"question": "Q", "answer": "So 2 + 2 = 4.\n#### 4"},
-        "math": {"problem": "Q", "solution": r"It is \boxed{1}, no, $\boxed{\frac{1}{2}}$.", "level": "Level 1"},
+        "math": {"problem": "Q", "solution": r"It is \boxed{1}, no, $\boxed{\frac{1}{2}}$.", "level": "1"},
         "math500": {"problem": "Q", "answer": "4"},
         "olympiadbench": {"question": "Q", "final_answer": ["1", "2"]},
         "amc23": {"question": "Q", "answer": 27.0},
@@ -360,7 +416,8 @@ def test_hub_rows_become_problems_and_answers():
         "mmlu_stem": {"question": "Q", "choices": ["0", "4"], "answer": 1},
     }
     got = {name: benchmarks.BENCHMARKS[name].hub.row(row) for name, row in rows.items()}
-    assert [answer for _, answer in got.values()] == ["4", r"\frac{1}{2}", "4", "1, 2", "27.0", "145.0", "9", "B"]
+    answers = ["4", r"\frac{1}{2}", "4", "1, 2", "27.0", "145.0", "9", "B"]
+    assert [answer for _, answer in got.values()] == answers
     assert all("Q" in problem for problem, _ in got.values()) and got["mmlu_stem"][0].endswith("(A) 0, (B) 4")
     assert {name for name, bench in benchmarks.BENCHMARKS.items() if bench.hub} == set(rows)
 
@@ -380,47 +437,88 @@ def checkpoint(tmp_path_factory):
 
 
 def bench(checkpoint, folder, *flags, launch=()):
-    command = [
-        sys.executable,
-        *launch,
-        str(ROOT / "verify.py"),
-        "--ckpt",
-        checkpoint,
-        "--data",
-        folder,
-        "--out",
-        folder / "out",
-    ]
-    command += ["--bench", "gsm8k,mmlu_stem", "--max-new-tokens", "9", "--samples", "2", "--temperature", "1", *flags]
+    command = [sys.executable, *launch, ROOT / "verify.py", "--ckpt", checkpoint, "--data", folder]
+    command += ["--out", folder / "out", "--bench", "gsm8k,mmlu_stem", "--max-new-tokens", "9"]
+    command += ["--samples", "2", "--temperature", "1", *flags]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_benchmark_goes_on_where_it_stopped_on_any_number_of_ranks(checkpoint, tmp_path):
+def test_finished_benchmarks_are_skipped_and_others_repeated_on_any_number_of_ranks(checkpoint, tmp_path):
     for part in ("one", "cut"):
         for name in ("gsm8k/test", "eval/mmlu_stem"):
             path = tmp_path / part / f"{name}.jsonl"
             path.parent.mkdir(parents=True)
-            write_lines(path, *({"problem": f"{i}+1? (A) 1, (B) 2", "answer": "AB"[i % 2]} for i in range(20)))
+            rows = ({"problem": f"{i}+1? (A) 1, (B) 2", "answer": "AB"[i % 2]} for i in range(20))
+            write_lines(path, *rows)
     said = bench(checkpoint, tmp_path / "one", "--shots", "2")
-    assert "| gsm8k     | 20    |" in said and "pass@2" in said and "| mean" in said
+    assert "| gsm8k     | 20    |" in said and "pass@2" in said and "| mean" in said and "skipped" not in said
     rows = [json.loads(line) for line in (tmp_path / "one/out/gsm8k.jsonl").read_text().splitlines()]
     assert [row["item"] for row in rows] == [i for i in range(20) for _ in "ab"]
     assert {row["gold"] for row in rows} == {"A", "B"} and all(1 <= row["tokens"] <= 9 for row in rows)
+    assert sorted(os.listdir(tmp_path / "one/out")) == [
+        "gsm8k.json", "gsm8k.jsonl", "mmlu_stem.json", "mmlu_stem.jsonl"]
 
     bench(checkpoint, tmp_path / "cut", "--shots", "2")
-    whole = (tmp_path / "cut/out/gsm8k.jsonl").read_text().splitlines()
-    write_lines(tmp_path / "cut/out/gsm8k.jsonl", *whole[:8])
-    write_lines(tmp_path / "cut/out/gsm8k.1.part", *whole[20:23], whole[23][:30])  # killed while it wrote
-    (tmp_path / "cut/out/mmlu_stem.jsonl").unlink()
+    out, kept = tmp_path / "cut/out", (tmp_path / "cut/out/gsm8k.jsonl").stat().st_mtime_ns
+    whole = (out / "mmlu_stem.jsonl").read_text().splitlines()
+    write_lines(out / "mmlu_stem.jsonl", *whole[:8])
+    (out / "mmlu_stem.json").unlink()  # as if killed before the settings were written: rows count for nothing
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     again = bench(checkpoint, tmp_path / "cut", "--shots", "2", launch=ranks)
-    assert again.splitlines()[:-1] == said.splitlines()[:-1]
+    assert again.splitlines()[0] == f"{out / 'gsm8k.jsonl'} is finished: skipped"
+    assert again.splitlines()[1:-1] == said.splitlines()[:-1]
+    assert (out / "gsm8k.jsonl").stat().st_mtime_ns == kept
     for name in ("gsm8k", "mmlu_stem"):
-        assert (tmp_path / f"cut/out/{name}.jsonl").read_text() == (tmp_path / f"one/out/{name}.jsonl").read_text()
-    done = run("--ckpt", checkpoint, "--data", tmp_path / "one", "--out", tmp_path / "one/out", "--bench", "gsm8k")
-    assert done.returncode == 2 and "other settings (shots 2 → 0; n 2 → 1; temperature 1.0 → 0.0" in done.stderr
+        assert (out / f"{name}.jsonl").read_text() == (tmp_path / f"one/out/{name}.jsonl").read_text()
+    one = tmp_path / "one"
+    done = run("--ckpt", checkpoint, "--data", one, "--out", one / "out", "--bench", "gsm8k")
+    assert done.returncode == 2
+    assert "other settings (shots 2 → 0; n 2 → 1; temperature 1.0 → 0.0" in done.stderr
+
+
+def test_one_door_for_problems(tmp_path, monkeypatch):
+    """A benchmark's name, a file, a data set in the hub's format (here a local folder)."""
+    write_lines(tmp_path / "own.jsonl", *({"problem": f"{i}?", "answer": i, "id": i} for i in range(4)))
+    assert benchmarks.load_problems(str(tmp_path / "own.jsonl"), limit=2) == [
+        {"problem": "0?", "answer": "0", "id": 0}, {"problem": "1?", "answer": "1", "id": 1}]
+    (tmp_path / "eval").mkdir()
+    write_lines(tmp_path / "eval/math500.jsonl", {"problem": "1 + 1?", "answer": "2"})
+    assert benchmarks.load_problems("math500", tmp_path) == [{"problem": "1 + 1?", "answer": "2"}]
+    assert len(benchmarks.load_problems("synth")) == 500
+    assert benchmarks.load_problems("synth", limit=3, seed=1) != benchmarks.load_problems("synth", limit=3)
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "math500", {"problem": "a file of that name", "answer": "2"})
+    assert benchmarks.load_problems("math500", tmp_path)[0]["problem"] == "a file of that name"
+    write_lines(tmp_path / "none.jsonl")
+    write_lines(tmp_path / "key.jsonl", {"problem": "?", "answer": 1}, {"problem": "?"})
+    for source, says in (
+            ("math501", "math501: no such file"), ("gsm8k", "gsm8k/test.jsonl: no such file"),
+            ("none.jsonl", "none.jsonl holds no problem"),
+            ("key.jsonl", 'key.jsonl, line 2: a row needs "problem" and "answer", as text')):
+        with pytest.raises((FileNotFoundError, ValueError), match=re.escape(says)):
+            benchmarks.load_problems(source, tmp_path)
+    with pytest.raises(ValueError, match="where mathqa lies on the hub is not known here: --data DIR"):
+        benchmarks.load_problems("mathqa")
+
+
+def test_problems_of_the_hub(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    solved = r"It is \boxed{3}, no, \boxed{4}."
+    marked = [{"question": f"{i} + 1?", "answer": f"It is {i}, and one.\n#### {i + 1}"} for i in range(5)]
+    sets = {"set": marked, "solved": [{"problem": "3 + 1?", "solution": solved}], "other": [{"text": "none"}]}
+    for name, rows in sets.items():
+        (tmp_path / name).mkdir()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / name / "train-0.parquet")
+    found = benchmarks.load_problems(f"hub:{tmp_path / 'set'}")
+    assert found[4] == {"problem": "4 + 1?", "answer": "5"} and len(found) == 5
+    assert benchmarks.load_problems(f"hub:{tmp_path / 'set'}", limit=2) == found[:2]
+    assert benchmarks.load_problems(f"hub:{tmp_path / 'solved'}") == [{"problem": "3 + 1?", "answer": "4"}]
+    with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
+        benchmarks.load_problems(f"hub:{tmp_path / 'other'}")
 
 
 def test_problems_seen_in_training_are_said(tmp_path):
@@ -432,13 +530,12 @@ def test_problems_seen_in_training_are_said(tmp_path):
     (stage / "config.json").write_text(json.dumps({"prompts": str(prompts_file)}))
     (tmp_path / "runs/data/index.json").write_text(json.dumps({"settings": {"keep_overlaps": ["long_cot"]}}))
     said = benchmarks.seen_in_training(str(stage), "math", [{"problem": "what is $1+1$?"}, {"problem": "Q"}])
-    assert said[0].startswith("1 of the 2 problems of math are among the prompts") and said[0].endswith(
-        "report math500 instead"
-    )
+    assert said[0].startswith("1 of the 2 problems of math are among the prompts")
+    assert said[0].endswith("report math500 instead")
     assert "answers to problems of benchmarks (long_cot" in said[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -454,47 +551,50 @@ def write_lines(path, *rows):
 
 def test_grade_writes_the_rows_back(tmp_path):
     file = write_lines(
-        tmp_path / "in.jsonl",
-        {"response": r"\boxed{\frac12}", "gold": "0.5", "id": 7},
+        tmp_path / "in.jsonl", {"response": r"\boxed{\frac12}", "gold": "0.5", "id": 7},
         {"response": "no idea", "gold": "0.5"},
-        {"problem": "?", "solution": "3 + 4 = 7\n#### 7", "answer": 7},
-    )
+        {"problem": "?", "solution": "3 + 4 = 7\n#### 7", "answer": 7})
     done = run("--grade", file, "--out", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
-    assert "2 of 3 right, 66.67%" in done.stdout and "33.33% without an answer" in done.stdout
+    assert "2 of 3 correct, 66.67%" in done.stdout and "33.33% without an answer" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert rows[0] == {"response": r"\boxed{\frac12}", "gold": "0.5", "id": 7, "answer": r"\frac12", "correct": True}
+    first = {"response": r"\boxed{\frac12}", "gold": "0.5", "id": 7, "answer": r"\frac12", "correct": True}
+    assert rows[0] == first and rows[2]["gold"] == "7"
     assert [(row["answer"], row["correct"]) for row in rows[1:]] == [(None, False), ("7", True)]
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
 
 
-@pytest.mark.parametrize(
-    "bad", ["{", "[1]", '{"response": "x"}', '{"response": 3, "gold": "x"}', '{"response": "x", "gold": null}']
-)
+@pytest.mark.parametrize("bad", [
+    "{", "[1]", '{"response": "x"}', '{"response": 3, "gold": "x"}', '{"response": "x", "gold": null}'])
 def test_a_bad_row_is_named_and_nothing_is_lost(tmp_path, bad):
     file = write_lines(tmp_path / "in.jsonl", {"response": "x", "gold": "x"}, bad)
     out = write_lines(tmp_path / "out.jsonl", "kept")
     done = run("--grade", file, "--out", out)
-    assert done.returncode == 2 and f"{file}:2: " in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and f"{file}, line 2: " in done.stderr and done.stderr.count("\n") == 1
+    a_row = '"response" and "gold" or "solution" and "answer", as text'
+    assert (a_row if "response" in bad else "JSON object") in done.stderr
     assert out.read_text() == "kept\n"
 
 
 def test_wrong_arguments_are_one_line():
     for args in (["--grade", "missing.jsonl"], [], ["--grade", "a", "--ckpt", "b"], ["--grad", "x"],
-                 ["--ckpt", "b", "--n", "0"], ["--ckpt", "b", "--n", "4"], ["--ckpt", "b", "--bench", "gsm8k"],
-                 ["--ckpt", "b", "--bench", "nonsense", "--data", "."]):  # fmt: skip
+                 ["--ckpt", "b", "--n", "0"], ["--ckpt", "b", "--n", "4"], ["--ckpt", "b", "--shots", "x"],
+                 ["--ckpt", "b", "--bench", "gsm8k"], ["--ckpt", "b", "--bench", "nonsense", "--data", "."]):
         done = run(*args)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "Traceback" not in done.stderr
+    assert "no benchmark 'nonsense' (valid: gsm8k, math, " in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Public data, where there is some
 
 
 @pytest.mark.skipif(not (DATA / "math" / "test.jsonl").exists(), reason="needs the public data (OCTO_DATA)")
 def test_public_references():
-    for name, share in (("math", 0.995), ("gsm8k", 0.985)):  # GSM8K's file may lack the "#### 72" that ends a solution
-        rows = list(verify.read_rows(str(DATA / name / "test.jsonl"), verify.RESPONSES))[:1500]
+    # GSM8K's file may lack the "#### 72" that ends a solution
+    for name, share in (("math", 0.995), ("gsm8k", 0.985)):
+        rows = list(benchmarks.read_rows(DATA / name / "test.jsonl", ("solution", "answer")))[:1500]
         assert all(is_equivalent(row["answer"], row["answer"]) for row in rows)
         graded = [is_equivalent(extract_answer(row["solution"]) or "", row["answer"]) for row in rows]
         assert sum(graded) >= share * len(rows)
