@@ -106,7 +106,7 @@ def is_equivalent(answer: str, gold: str) -> bool:
         try:
             if same(a, b, Work()):
                 return True
-        except (OutOfSteps, RecursionError):
+        except (OutOfSteps, ArithmeticError, RecursionError):
             pass
     return choice == gold_choice != ""
 
@@ -146,7 +146,6 @@ BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s+([^\s{}$\\]+)
 JOINT = re.compile(  # what may stand between two boxes of one list
     r"(?:[\s$.,;&]|\\[\[\]()]|\\quad|\\qquad|\\text\s*\{\s*(?:,?\s*and|or)\s*\}|\band\b|\bor\b)*")
 RUN_ON = re.compile(r"<\|[a-z_]+\|>|</s>|\n[ \t]*(?:Problem|Question|User|Human|Q):")  # the model went on
-HOPE = re.compile(r"I hope it is correct\.?$", re.I)
 ANSWER_IS = re.compile(
     r"(?i)(?:answer|correct (?:choice|option)|答案|respuesta|réponse|antwort|resposta|ответ)"
     r"(?:\s*(?:is|are|es|est|ist|é|是|为)\b\s*:?|\s*[:：=]|\s*\n|\s*(?=[$\\]))\s*(?:the final answer is)?\s*")
@@ -192,7 +191,7 @@ def _last_box(text: str) -> str | None:
 
 def _from_prose(text: str) -> str | None:
     """The answer of a response without a box: by its marker, else the last formula, bold text or number."""
-    text = HOPE.sub("", text.strip()).replace("**", " ").strip()
+    text = re.sub(r"(?i)I hope it is correct\.?$", "", text.strip()).replace("**", " ").strip()
     if "####" in text:
         return text.rpartition("####")[2].strip().split("\n")[0]
     ends = [found.end() for found in ANSWER_IS.finditer(text)]
@@ -594,7 +593,7 @@ def parse(text: str, thousands: bool = True) -> tuple | None:
         if thousands and not re.search(r"[(\[]|\\{", text):  # in (1,234) there are two numbers
             text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
         return Parser(tokenize(text)).answer()
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # how the parser says so
         return None
 
 
@@ -955,7 +954,8 @@ def proportional(sign: str, a: tuple, b: tuple, work: Work) -> bool:
     ratios = []
     for x, y in samples(a, b, work):
         if x and y:
-            ratios.append(settled(x * (1 / y), work))
+            ratio = x * (1 / y)
+            ratios.append(settled(ratio, work) if ratio.imag else ratio)
         elif x or y:
             return False
     return len(ratios) >= (3 if names(a) | names(b) else 1) and all(

@@ -2,14 +2,13 @@ r"""The verifier on public data, beside math-verify: verdicts, speed, worst case
 
     python tests/bench_verify.py [DIR [CASES.jsonl]]
 
-DIR: the public files of the README. CASES: rows {"gold", "response", "expected", "kind"}. Without DIR, answers of the
-generated world are graded, and only speed and worst cases say much. Prints, one line each: labelled cases; every gold
-answer against itself, its reference solution and rewritten forms; pairs of different gold answers; time a response; time
-and exceptions over fuzzed input.
+DIR: the public files of the README. CASES: rows {"gold", "response", "expected", "kind"}. Without DIR,
+answers of the generated corpus are graded, and only speed and worst cases say much. Prints, one line each:
+labelled cases; every gold answer against itself, its reference solution and rewritten forms; pairs of
+different gold answers; time per response; time and exceptions over fuzzed input.
 """
 
 import itertools
-import json
 import platform
 import random
 import re
@@ -26,22 +25,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_verify import HOSTILE
 
-from data import synth
+from data import files, synth
 from verify import extract_answer, is_equivalent, reward
 
 FILES = {
     "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), "math": ("math/train.jsonl", "math/test.jsonl"),
-    "math500": ("eval/math500.jsonl",), "olympiadbench": ("eval/olympiadbench.jsonl",), "amc23": ("eval/amc23.jsonl",),
-    "aime24": ("eval/aime24.jsonl",),
-}  # fmt: skip
+    "math500": ("eval/math500.jsonl",), "olympiadbench": ("eval/olympiadbench.jsonl",),
+    "amc23": ("eval/amc23.jsonl",), "aime24": ("eval/aime24.jsonl",),
+}
 PAIRS, FUZZED = 100_000, 100_000
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ten ways to write the same answer; None where a way does not apply
 
 
@@ -62,8 +57,9 @@ def decimal(gold: str) -> str | None:
 
 def reordered(gold: str) -> str | None:
     parts = re.fullmatch(r"([\w^\\{}\s]+?)\s*\+\s*([\w^\\{}\s]+)", gold)
-    whole = parts and "text" not in gold and all(part.count("{") == part.count("}") for part in parts.groups())
-    return f"{parts[2].strip()} + {parts[1].strip()}" if whole else None
+    if not parts or "text" in gold or any(part.count("{") != part.count("}") for part in parts.groups()):
+        return None
+    return f"{parts[2].strip()} + {parts[1].strip()}"
 
 
 def changed(pattern: str, new: str):
@@ -74,12 +70,16 @@ def changed(pattern: str, new: str):
     return rewrite
 
 
+def sized(gold: str) -> str | None:
+    if "(" not in gold or "left" in gold:
+        return None
+    return gold.replace("(", r"\left(").replace(")", r"\right)")
+
+
 REWRITES = {
     "dfrac": changed(r"\\frac", r"\\dfrac"),
     "tfrac": changed(r"\\[d]?frac", r"\\tfrac"),
-    "left right": lambda g: (
-        g.replace("(", r"\left(").replace(")", r"\right)") if "(" in g and "left" not in g else None
-    ),
+    "left right": sized,
     "spaces": changed(r"(?<=[\d}a-z])([+=,])(?=[\s\d\\a-z(-])", r" \1\\, "),
     "dollars": lambda g: f"${g}$" if "$" not in g else None,
     "decimal": decimal,
@@ -93,15 +93,15 @@ REWRITES = {
 
 def golds(folder: Path) -> None:
     every = []
-    for name, files in FILES.items():
-        rows = [row for file in files for row in read(folder / file)]
+    for name, paths in FILES.items():
+        rows = [row for path in paths for row in files.read_jsonl(folder / path)]
         answers = [row["answer"] for row in rows]
         every += answers
         itself = sum(is_equivalent(a, a) for a in answers)
         said = f"{name:14} {len(rows):6,} golds; against themselves {itself / len(rows):.2%}"
         if name in ("gsm8k", "math", "math500"):
-            right = [is_equivalent(extract_answer(row["solution"]) or "", row["answer"]) for row in rows]
-            said += f"; reference solutions {sum(right) / len(rows):.2%}"
+            correct = [is_equivalent(extract_answer(row["solution"]) or "", row["answer"]) for row in rows]
+            said += f"; reference solutions {sum(correct) / len(rows):.2%}"
             tried = {way: [g for g in answers if f(g) is not None] for way, f in REWRITES.items()}
             ok = {way: sum(is_equivalent(REWRITES[way](g), g) for g in tried[way]) for way in tried}
             total = sum(map(len, tried.values()))
@@ -125,7 +125,7 @@ def different(answers: list[str]) -> None:
         print("   ", *pair, sep="   ")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Beside math-verify
 
 
@@ -140,34 +140,30 @@ def math_verify():
 
     def grade(response: str, gold: str) -> bool:
         answers = theirs.parse(response, forms, parsing_timeout=None)
-        return bool(
-            theirs.verify(
-                theirs.parse(rf"\boxed{{{gold}}}", (gold_form,), parsing_timeout=None), answers, timeout_seconds=None
-            )
-        )
+        golds = theirs.parse(rf"\boxed{{{gold}}}", (gold_form,), parsing_timeout=None)
+        return bool(theirs.verify(golds, answers, timeout_seconds=None))
 
     return grade
 
 
 def cases(path: Path, theirs) -> None:
-    rows = read(path)
+    rows = list(files.read_jsonl(path))
     arms = {"ours": lambda response, gold: is_equivalent(extract_answer(response) or "", gold)}
     arms |= {"math-verify": theirs} if theirs else {}
     for name, grade in arms.items():
-        right, false, wrong = 0, 0, Counter()
+        correct, false, wrong = 0, 0, Counter()
         for row in rows:
             try:
                 verdict = grade(row["response"], row["gold"])
             except Exception:  # theirs may; ours never
                 verdict = False
-            right += verdict == row["expected"]
+            correct += verdict == row["expected"]
             false += verdict and not row["expected"]
             wrong[row["kind"]] += verdict != row["expected"]
         negatives = sum(not row["expected"] for row in rows)
-        print(
-            f"{name:12} {right} of {len(rows)} cases right, {right / len(rows):.2%}; false positives {false} of {negatives}; "
-            f"wrong kinds {dict(wrong.most_common(5)) if sum(wrong.values()) else {}}"
-        )
+        kinds = {kind: count for kind, count in wrong.most_common(5) if count}
+        print(f"{name:12} {correct} of {len(rows)} cases correct, {correct / len(rows):.2%}; "
+              f"false positives {false} of {negatives}; wrong kinds {kinds}")
 
 
 def speed(pairs: list[tuple[str, str]], theirs) -> None:
@@ -185,19 +181,21 @@ def speed(pairs: list[tuple[str, str]], theirs) -> None:
             times[name].append(time.perf_counter() - start)
     for name, seconds in times.items():
         mean, median = statistics.mean(seconds), statistics.median(seconds)
-        faster = f", {statistics.mean(times['math-verify']) / mean:.0f} times as fast (mean)" if theirs else ""
-        print(f"{name:12} {len(pairs):,} responses: median {median * 1e6:.0f} µs, mean {mean * 1e6:.0f} µs{faster}")
+        said = f"median {median * 1e6:.0f} µs, mean {mean * 1e6:.0f} µs"
+        if theirs:
+            said += f", {statistics.mean(times['math-verify']) / mean:.0f} times as fast (mean)"
+        print(f"{name:12} {len(pairs):,} responses: {said}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Worst cases
 
 
 def fuzzed(rng: random.Random) -> str:
     pieces = (
-        r"\frac \sqrt { } ( ) [ ] ^ _ 9 12 x y \pi ! + - * / \left \right | \{ \} \text{ \boxed{ = < \le , \cup e i \sin "
-        r"\log \binom \begin{pmatrix} \end{pmatrix} & \\ \infty % ° ½ √ \pm \lfloor 1e99 $ . : ' eval( 9^9^9 99999! \x00"
-    ).split(" ")
+        r"\frac \sqrt { } ( ) [ ] ^ _ 9 12 x y \pi ! + - * / \left \right | \{ \} \text{ \boxed{ = < \le "
+        r", \cup e i \sin \log \binom \begin{pmatrix} \end{pmatrix} & \\ \infty % ° ½ √ \pm \lfloor 1e99 $ "
+        r". : ' eval( 9^9^9 99999! \x00").split(" ")
     if rng.random() < 0.02:
         return rng.choice(HOSTILE)
     text = "".join(rng.choices(pieces, k=rng.randrange(1, 60)))
@@ -218,10 +216,8 @@ def worst(n: int) -> None:
             errors[type(error).__name__] += 1
         slowest = max(slowest, ((time.process_time() - start) / 2, a[:60]))
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(
-        f"{n:,} fuzzed pairs: {sum(errors.values())} exceptions; slowest verdict {slowest[0] * 1e3:.0f} ms ({slowest[1]!r}); "
-        f"{more:.0f} MiB more at the peak"
-    )
+    print(f"{n:,} fuzzed pairs: {sum(errors.values())} exceptions; slowest verdict {slowest[0] * 1e3:.0f} ms "
+          f"({slowest[1]!r}); {more:.0f} MiB more at the peak")
     each = []
     for text in HOSTILE:
         tracemalloc.start()
@@ -242,7 +238,8 @@ def main() -> None:
         cases(Path(sys.argv[2]), theirs)
     if folder:
         golds(folder)
-        rows = read(folder / "math/test.jsonl")[::10] + read(folder / "gsm8k/test.jsonl")[::5]
+        rows = list(files.read_jsonl(folder / "math/test.jsonl"))[::10]
+        rows += list(files.read_jsonl(folder / "gsm8k/test.jsonl"))[::5]
         pairs = [(row["solution"], row["answer"]) for row in rows]
     else:
         texts = itertools.islice(synth.documents("short_cot", 0, "test"), 400)
