@@ -1,9 +1,5 @@
-"""Files and command lines, once for everybody.
-
-Atomic writes, JSON, whole checkpoints, the lock on a folder, the comparison of settings, and the manners of
-all programs: bad input is one line that says what to do (exit code 2, no traceback), Ctrl-C is exit code 130.
-Nothing heavy is imported.
-"""
+"""Files and command lines, once for everybody: atomic writes, JSON, whole checkpoints, the lock on a folder,
+the comparison of settings, and what all programs do with bad input and Ctrl-C. Nothing heavy is imported."""
 
 import argparse
 import contextlib
@@ -76,10 +72,8 @@ def read_json(path: Path, missing_ok: bool = False) -> dict | None:
 
 
 def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
-    """The rows of a .jsonl or .jsonl.gz file, one JSON object per line. count: told the bytes of each row.
-
-    Empty lines are skipped. A damaged line is a ValueError that names it; no such file a FileNotFoundError.
-    """
+    """The rows of a .jsonl or .jsonl.gz file, a JSON object per line; empty lines are skipped. count: is told
+    the bytes of each row. A damaged line is a ValueError that names it, no such file a FileNotFoundError."""
     number = 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
@@ -91,18 +85,18 @@ def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> 
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; JSON lines are wanted") from None
     except (ValueError, TypeError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile):
-        why = "not one JSON object per line in UTF-8, or truncated"
-        raise ValueError(f"{path}, line {number}: {why}") from None
+        raise ValueError(f"{path}, line {number}: not one JSON object in UTF-8, or truncated") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints: RUN/checkpoints/step_000123, whose meta.json has size and SHA-256 of every other file
 
 
-def file_hash(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+def file_hash(path: Path, skip: int = 0) -> str:
+    """Hex SHA-256 of a file without its first `skip` bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        file.seek(skip)
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -154,9 +148,9 @@ def find_checkpoint(path: str) -> str:
         raise FileNotFoundError(f"{path} is not a folder: give a run's, as runs/tiny/long, or a checkpoint's")
     parent, name = os.path.split(os.path.abspath(path))
     run_dir = parent if name == "checkpoints" else path
+    if found := latest_checkpoint(run_dir):
+        return found
     if checkpoints(run_dir):
-        if found := latest_checkpoint(run_dir):
-            return found
         raise FileNotFoundError(f"no whole checkpoint in {path}: all of them are damaged")
     if not any(name.endswith(".safetensors") for name in os.listdir(path)):
         raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/ nor *.safetensors")
@@ -177,14 +171,13 @@ def run_lock(folder: Path, wait: float = 0.0):
     with open(os.path.join(folder, "lock"), "a+") as file:
         end = time.monotonic() + wait
         while fcntl and (owner := _owner_if_busy(file)):
+            busy = f"process {owner} is working in {folder}"
             if time.monotonic() > end:
-                how = "wait for its end, or use another --out"
-                raise ValueError(f"process {owner} is working in {folder}: {how}")
-            print0_once(f"waiting for process {owner}, which works in {folder}")
+                raise ValueError(f"{busy}: wait for its end, or use another --out")
+            print0_once(f"waiting: {busy}")
             time.sleep(0.2)
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        print(os.getpid(), file=file, flush=True)
         try:
             yield
         finally:
@@ -231,8 +224,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line; an unknown flag gets the valid ones named. Only rank 0 speaks."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
@@ -256,11 +248,9 @@ print0_once = functools.cache(print0)
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
-    """Run a program's main(). Bad input becomes one line and exit code 2, Ctrl-C exit code 130.
-
-    ValueError and OSError are how this project reports bad input (a wrong flag, file, shape, a full disk).
-    OCTO_TRACEBACK=1 shows where one was raised.
-    """
+    """Run a program's main(). Ctrl-C becomes exit code 130. Bad input (a wrong flag, file or shape, a full
+    disk) is reported by ValueError and OSError and becomes one line that says what to do and exit code 2;
+    OCTO_TRACEBACK=1 shows where it was raised."""
     try:
         main()
         sys.exit(0)

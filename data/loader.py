@@ -24,24 +24,17 @@ LARGEST_BLOCK = 10_000  # a weight that is no whole count in any block up to her
 
 
 class Batch(NamedTuple):
-    """tokens, targets, doc_start (B, T) and source (B,), all int64.
-
-    targets: the next token; -1 where there is none to learn: after the end-of-text token, and in padding.
-    doc_start: of each token's document, the first token's index in the row (0 if it lies in an earlier row).
-    source: index into Loader.names.
-    """
+    """tokens, targets, doc_start (B, T) and source (B,), all int64."""
 
     tokens: torch.Tensor
-    targets: torch.Tensor
-    doc_start: torch.Tensor
-    source: torch.Tensor
+    targets: torch.Tensor  # the next token; -1 after the end-of-text token and in padding: nothing to learn
+    doc_start: torch.Tensor  # where in the row the token's document begins (0 if in an earlier row)
+    source: torch.Tensor  # index into Loader.names
 
 
 class Loader:
     """Batches of a prepared folder. mixture: {source: weight}; batch_size B: sequences of all ranks.
-
-    Raises ValueError or FileNotFoundError for a folder, a mixture or a length that does not fit.
-    """
+    Raises ValueError or FileNotFoundError for a folder, a mixture or a length that does not fit."""
 
     def __init__(self, data_dir, mixture: dict[str, float], seq_len: int, batch_size: int, seed: int = 0):
         self.names, self.seq_len, self.batch_size, self.seed = tuple(mixture), seq_len, batch_size, seed
@@ -112,13 +105,12 @@ def block_counts(mixture: dict[str, float]) -> np.ndarray:
         terms, total = " + ".join(f"{name} {weight:g}" for name, weight in mixture.items()), weights.sum()
         raise ValueError(f"the weights of a mixture must be 0 or more and sum to 1, not {total:g}: {terms}")
     sizes = np.arange(1, LARGEST_BLOCK + 1)
-    error = np.abs(sizes[:, None] * weights - np.rint(sizes[:, None] * weights)).max(axis=1)
-    whole = np.flatnonzero(error < 1e-9 * sizes)
+    exact = sizes[:, None] * weights
+    whole = np.flatnonzero(np.abs(exact - np.rint(exact)).max(axis=1) < 1e-9 * sizes)
     size = sizes[whole[0]] if len(whole) else LARGEST_BLOCK
-    exact = weights * size
+    exact = exact[size - 1]
     counts = np.floor(exact + 1e-9 * size).astype(np.int64)
-    largest = np.argsort(counts - exact, kind="stable")[: size - counts.sum()]
-    counts[largest] += 1
+    counts[np.argsort(counts - exact, kind="stable")[: size - counts.sum()]] += 1  # the largest remainders
     return counts
 
 
@@ -134,14 +126,11 @@ def _hash(*parts) -> np.ndarray:
 
 
 def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """A bijection of 0 … size-1 for each key, without a table: all three (n,).
-
-    A Feistel network on pairs (left, right) below √size: each round adds a hash of one half to the other,
-    which can be undone whatever the hash is. A pair that encodes a number ≥ size goes through again.
-    """
+    """A bijection of 0 … size-1 for each key, without a table: all three (n,). A Feistel network on pairs
+    (left, right) below √size: each round adds a hash of one half to the other, which can be undone whatever
+    the hash is. A pair that encodes a number ≥ size goes through again."""
     side = np.ceil(np.sqrt(size)).astype(np.int64)
-    y = x.copy()
-    todo = np.ones(len(x), bool)
+    y, todo = x, np.ones(len(x), bool)
     while todo.any():
         left, right = np.divmod(y, side)
         for turn in range(4):
@@ -156,8 +145,7 @@ def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _open_shards(folder: Path, mixture: dict, seq_len: int) -> tuple[list[Shard], list[Shard]]:
-    index = read_index(folder)
-    if index is None:
+    if (index := read_index(folder)) is None:
         raise FileNotFoundError(f"{folder} has no prepared data (no index.json): run python -m data.prepare")
     if unknown := [name for name in mixture if name not in index["sources"]]:
         raise ValueError(f"{folder} has no source {unknown[0]!r} (it has: {', '.join(index['sources'])})")

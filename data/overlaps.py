@@ -40,10 +40,9 @@ def word_runs(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     twelve = (four[:-4] * odd**4 + four[4:])[:-4] * odd**4 + four[8:]
     runs = twelve[:-1] * odd + word[12:]
     ends = np.cumsum([len(text) + 1 for text in texts])
-    words = np.diff(np.searchsorted(first, ends), prepend=0)  # how many each text has
-    text_of = np.repeat(np.arange(len(texts)), words)
-    first_text, last_text = text_of[: len(runs)], text_of[GRAM - 1 :]
-    return runs[first_text == last_text], first_text[first_text == last_text]
+    text_of = np.repeat(np.arange(len(texts)), np.diff(np.searchsorted(first, ends), prepend=0))  # (words,)
+    inside = text_of[: len(runs)] == text_of[GRAM - 1 :]
+    return runs[inside], text_of[: len(runs)][inside]
 
 
 class Grams:
@@ -71,12 +70,11 @@ def benchmark_problems(against: str | None, folder: Path | None) -> tuple[list[s
     paths = against.split(",") if against not in (None, "none") else []
     if against is None and folder:
         paths = [str(path) for name in recipes.EVALUATION_FILES for path in sorted(folder.glob(name))]
-    problems = []
+    problems, columns = [], ("problem", "question", "prompt", "text")
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path} to keep out of the training text")
         try:
-            columns = ("problem", "question", "prompt", "text")
             problems += [str(recipes.column(row, *columns)) for row in files.read_jsonl(path)]
         except KeyError as error:
             raise ValueError(f"{path}: {error.args[0]}") from None

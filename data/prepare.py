@@ -65,7 +65,7 @@ class Source(NamedTuple):
 
 def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool, workers: int) -> dict:
     """Write both shards of a source; returns its entry in the index."""
-    read, held_out, dropped = 0, [], Counter()
+    entry, read, held_out, dropped = {"kind": source.kind}, 0, [], Counter()
 
     def count(size: int) -> None:
         nonlocal read
@@ -73,15 +73,14 @@ def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool
         if source.max_tokens is None and source.size:  # what all of it will come to
             bar.total = int(max(bar.n, 1) * max(1.0, source.size / read))
 
-    entry: dict = {"kind": source.kind}
     with tqdm(desc=name, total=source.max_tokens, unit="tok", unit_scale=True, disable=None) as bar:
         rows = tokenised(source, count, pool, workers)
         kept = kept_documents(source, rows, tok_dtype(tok), seq_len, held_out, dropped, bar)
         for split, documents in ("train", kept), ("val", held_out):
             header = write_shard(out / f"{name}.{split}.bin", source.kind, documents, tok, seq_len)
             if not header["documents"]:
-                how = f"leave it out, or give it more ({dict(dropped)})"
-                raise ValueError(f"source {name!r} has no {split} documents: {how}")
+                what = f"source {name!r} has no {split} documents"
+                raise ValueError(f"{what}: leave it out, or give it more ({dict(dropped)})")
             entry[split] = {key: header[key] for key in ("tokens", "padding", "documents", "sha256")}
     return entry | ({"dropped": dict(sorted(dropped.items()))} if dropped else {})
 
@@ -149,9 +148,8 @@ def tokenise(texts: list[str | None], guarded: bool) -> list[tuple[str, bytes, b
         if not text or overlap:
             rows.append((MARKED if text is None else OVERLAP if text else EMPTY, b"", b""))
         else:
-            ids = tok.encode(text)
-            ids.append(tok.eos_id)
-            rows.append(("", hashlib.blake2b(letters, digest_size=8).digest(), array(code, ids).tobytes()))
+            ids = array(code, tok.encode(text) + [tok.eos_id]).tobytes()
+            rows.append(("", hashlib.blake2b(letters, digest_size=8).digest(), ids))
     return rows
 
 
@@ -167,16 +165,17 @@ def _start_worker(folder: Path, problems: list[str]) -> None:
 
 
 def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, problems=(), workers=1) -> dict:
-    """Write a folder of shards unless it is there already; returns its index.
-
-    vocab: a Tokenizer, or the size of one to train. settings: all that decides the contents, JSON-able; a
-    folder with others is refused, naming the keys. problems: texts that no document may contain.
-    """
+    """Write a folder of shards unless it is there already; returns its index. vocab: a Tokenizer, or the size
+    of one to train. settings: all that decides the contents, JSON-able; a folder with others is refused,
+    naming the keys. problems: texts that no document may contain."""
     out, settings = Path(out), settings | {"seq_len": seq_len}
     if (index := read_index(out)) is not None:
         files.check_same_settings(out, index["settings"], settings)
         return index
-    _check_sources(sources)  # before the hours of work, not after them
+    for name, source in sources.items():  # before the hours of work, not after them
+        if len(list(itertools.islice(filter(None, source.read()), 2))) < 2:
+            how = "leave it out, or give it more (--keep-overlaps keeps rows marked as a benchmark's)"
+            raise ValueError(f"source {name!r} has fewer than two documents: {how}")
     unfinished = out / "unfinished.json"
     with files.run_lock(out):
         if not unfinished.exists():
@@ -199,13 +198,6 @@ def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, prob
                 files.write_json(unfinished, index)
         os.replace(unfinished, out / "index.json")
     return index
-
-
-def _check_sources(sources: dict[str, Source]) -> None:
-    for name, source in sources.items():
-        if len(list(itertools.islice(filter(None, source.read()), 2))) < 2:
-            how = "leave it out, or give it more (--keep-overlaps keeps rows marked as a benchmark's)"
-            raise ValueError(f"source {name!r} has fewer than two documents: {how}")
 
 
 def train_tokenizer(sources: dict[str, Source], vocab_size: int, characters=2_000_000) -> tokenizer.Tokenizer:
@@ -297,13 +289,12 @@ def source_files(spec: SourceSpec, folder: Path) -> list[str]:
 
 def read_documents(spec: SourceSpec, folder: Path, keep_overlaps: bool, count=lambda size: None):
     """What Source.read() gives. A row whose "overlaps" names a benchmark's problem teaches the test: None."""
-    make = recipes.FORMATS[spec.format]
     for n, (where, row) in enumerate(source_rows(spec, folder, count), 1):
         if row.get("overlaps") and not keep_overlaps:
             yield None
             continue
         try:
-            text = make(row)
+            text = recipes.FORMATS[spec.format](row)
             if not isinstance(text, str | None):
                 raise TypeError(f"{type(text).__name__} instead of text")
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -338,9 +329,8 @@ def own_source(text: str) -> tuple[str, SourceSpec]:
     name, _, rest = text.partition("=")
     format, _, where = rest.partition(":")
     if format not in recipes.FORMATS or not where or not re.fullmatch(r"\w+", name):
-        valid = ", ".join(recipes.FORMATS)
-        how = f"NAME=FORMAT:FILE or NAME=FORMAT:hub:ID[:PART[:SPLIT]], FORMAT one of {valid}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {how}")
+        how = "NAME=FORMAT:FILE or NAME=FORMAT:hub:ID[:PART[:SPLIT]], FORMAT one of "
+        raise argparse.ArgumentTypeError(f"{text!r} is not {how}{', '.join(recipes.FORMATS)}")
     return name, source_spec(format, where)
 
 
@@ -348,7 +338,7 @@ def source_spec(format: str, where: str) -> SourceSpec:
     """Of a file, or of hub:ID[:PART[:SPLIT]], PART being the configuration or the files of a data set."""
     if not where.startswith("hub:"):
         return SourceSpec(format, files=(where,))
-    hub, part, split = (where[4:].split(":") + ["", ""])[:3]
+    _, hub, part, split = (where.split(":") + ["", ""])[:4]
     return SourceSpec(format, hub=hub, part=part, split=split or "train")
 
 
@@ -397,8 +387,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
     if args.source and len(specs) < len(args.source):
         parser.error("two --source have the same name")
     names = args.sources.split(",") if args.sources else list(specs)
-    kept = list(specs) if args.keep_overlaps == "all" else list(filter(None, args.keep_overlaps.split(",")))
-    for name in [*names, *kept, *filter(None, args.max_tokens)]:
+    kept = list(specs) if args.keep_overlaps == "all" else args.keep_overlaps.split(",")
+    for name in [*names, *filter(None, [*kept, *args.max_tokens])]:
         if name not in specs:
             parser.error(f"unknown source {name!r} (valid: {', '.join(specs)})")
     args.keep_overlaps = sorted(set(kept) & set(names))
@@ -410,7 +400,7 @@ def main() -> None:
     budgets = {name: args.max_tokens.get(name, args.max_tokens.get("")) for name in specs}
     folder, keep = args.data or Path(), args.keep_overlaps
     sources = {name: real_source(spec, folder, budgets[name], name in keep) for name, spec in specs.items()}
-    benchmarks, problems = benchmark_problems(args.against, args.data)
+    paths, problems = benchmark_problems(args.against, args.data)
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else None
     settings = {
         "corpus": "own" if args.source else args.corpus,
@@ -421,8 +411,7 @@ def main() -> None:
         "tokenizer": tok.hash if tok else f"trained, {args.vocab_size} words",
     }
     if problems:
-        whose = f"{len(problems):,} problems of {', '.join(benchmarks)}"
-        print(f"kept out: {GRAM} words in a row of one of {whose}")
+        print(f"kept out: {GRAM} words in a row of one of {len(problems):,} problems of {', '.join(paths)}")
         print(f"{Grams(problems).short:,} of these have fewer words: text that contains them is not found")
     else:
         print("no benchmark's problems are kept out of the text: name their files by --against")
@@ -430,9 +419,9 @@ def main() -> None:
     read_index(args.out, check=args.check)
     for name, entry in index["sources"].items():
         train, val = (entry[split]["tokens"] - entry[split]["padding"] for split in ("train", "val"))
-        dropped = "; dropped: " + ", ".join(f"{n:,} {why}" for why, n in entry.get("dropped", {}).items())
         said = f"{train:14,} tokens in {entry['train']['documents']:,} documents, {val:,} tokens held out"
-        print(f"{name:14} {said}{dropped if 'dropped' in entry else ''}")
+        dropped = ", ".join(f"{n:,} {why}" for why, n in entry.get("dropped", {}).items())
+        print(f"{name:14} {said}{dropped and '; dropped: '}{dropped}")
     print(f"ready: {args.out}")
 
 

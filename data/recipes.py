@@ -45,8 +45,7 @@ PAPER_SOURCES = {
     "megamath_qa": SourceSpec("qa", hub=MEGAMATH, part="megamath-qa/**/*.parquet"),
     "open_r1": SourceSpec("long_cot", hub="open-r1/OpenR1-Math-220k", part="default"),
     "am_distilled": SourceSpec(
-        "long_cot", hub="a-m-team/AM-DeepSeek-R1-Distilled-1.4M", part="am_*.jsonl.zst"
-    ),
+        "long_cot", hub="a-m-team/AM-DeepSeek-R1-Distilled-1.4M", part="am_*.jsonl.zst"),
     "open_math_instruct": SourceSpec("qa", hub="nvidia/OpenMathInstruct-2"),
     "numina": SourceSpec("qa", hub="AI-MO/NuminaMath-1.5"),
     # The paper gives instruction data one weight for three sets; how it is split among them is not published.
@@ -59,9 +58,8 @@ PAPER_SOURCES = {
 _DECAY = {"web_pro": 0.55, "dclm": 0.05, "tulu": 0.034, "wildchat": 0.033, "ultrachat": 0.033}
 PAPER = {
     "stable": {
-        "web_pro_max": 0.725, "dclm": 0.10, "text_code": 0.10, "megamath_qa": 0.05,
-        "code": 0.0125, "translated_code": 0.0125,
-    },
+        "web_pro_max": 0.725, "dclm": 0.10, "text_code": 0.10, "megamath_qa": 0.05, "code": 0.0125,
+        "translated_code": 0.0125},
     "long": _DECAY | {"open_r1": 0.15, "am_distilled": 0.15},
     "short": _DECAY | {"megamath_qa": 0.025, "open_math_instruct": 0.175, "numina": 0.10},
     "hybrid": _DECAY | {"open_r1": 0.10, "open_math_instruct": 0.10, "numina": 0.10},
@@ -80,29 +78,21 @@ TINY = {
 }
 
 # ------------------------------------------------------------------------------------------------------------
-# Public files, in a folder laid out as in data/README.md
+# Public files, in a folder laid out as in data/README.md: the same mixtures, with the names of their text
 
-REAL = {
-    "base": {"general_text": 1.0},
-    "stable": {"math_text": 0.85, "general_text": 0.10, "short_cot": 0.05},
-    "long": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.1, "long_cot": 0.3},
-    "short": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.1, "short_cot": 0.3},
-    "hybrid": {"math_text": 0.55, "general_text": 0.05, "instruct": 0.1, "long_cot": 0.1, "short_cot": 0.2},
-}
+_TEXT = {"web": "math_text", "general": "general_text"}
+REAL = {stage: {_TEXT.get(name, name): w for name, w in mixture.items()} for stage, mixture in TINY.items()}
 
 REAL_SOURCES = {
     "math_text": SourceSpec("text", (
         "math_text/openstax.jsonl.gz", "math_text/books.jsonl.gz", "math_text/planetmath.jsonl.gz",
-        "math_text/stackmathqa_part.jsonl", "math_text/openstax_exercises.jsonl",
-    )),
+        "math_text/stackmathqa_part.jsonl", "math_text/openstax_exercises.jsonl")),
     "general_text": SourceSpec("text", (
-        "general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz",
-    )),
+        "general_text/public_domain.jsonl.gz", "general_text/openstax_general.jsonl.gz")),
     "short_cot": SourceSpec("qa", ("gsm8k/train.jsonl", "math/train.jsonl")),
     "long_cot": SourceSpec("long_cot", ("cot/long_cot_mip.jsonl.gz",)),
     "instruct": SourceSpec("chat", (
-        "instruct/dolly.jsonl.gz", "instruct/self_instruct_seed.jsonl", "instruct/llms_from_scratch.jsonl",
-    )),
+        "instruct/dolly.jsonl.gz", "instruct/self_instruct_seed.jsonl", "instruct/llms_from_scratch.jsonl")),
 }
 # No training text may contain one of their problems (13 words in a row), where they are in the data folder.
 EVALUATION_FILES = ("gsm8k/test.jsonl", "math/test.jsonl", "eval/*.jsonl")
@@ -121,11 +111,9 @@ KINDS["tiny"] |= dict.fromkeys(("short_cot", "long_cot", "instruct"), "document"
 
 
 def _controlled(web: str, short: str, long: str, chat: str) -> dict[str, dict]:
-    mixtures = {
-        "qa_short": {web: 0.9, short: 0.1}, "qa_long": {web: 0.9, long: 0.1},
-        "instruct_short": {chat: 0.01, web: 0.89, short: 0.10},
-        "instruct_long": {chat: 0.01, web: 0.89, long: 0.10},
-    }
+    talk = {chat: 0.01, web: 0.89}
+    mixtures = {"qa_short": {web: 0.9, short: 0.1}, "qa_long": {web: 0.9, long: 0.1}}
+    mixtures |= {"instruct_short": talk | {short: 0.10}, "instruct_long": talk | {long: 0.10}}
     return mixtures | {f"qa_{x}": {web: 1 - x / 100, long: x / 100} for x in (10, 20, 30, 40)}
 
 
@@ -143,12 +131,10 @@ CONTROLLED = {
 
 def column(row: dict, *names: str):
     """The first of these columns that has a value; "" if they have none."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    if any(name in row for name in names):
-        return ""
-    raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
+    found = [row[name] for name in names if name in row]
+    if not found:
+        raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
+    return next((value for value in found if value is not None), "")
 
 
 def running_text(row: dict) -> str:

@@ -13,7 +13,6 @@ which is known by `used`, never by its value. A document that is longer than a r
 overlap by one token, so that each of its tokens but the first is a target once.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import atomic_write, read_json
+from data.files import atomic_write, file_hash, read_json
 from data.tokenizer import Tokenizer
 
 MAGIC, VERSION, HEADER_BYTES = "octothinker-shard", 1, 4096
@@ -36,10 +35,8 @@ OPEN_ROWS = 256  # rows that packing keeps open; more waste less padding and tak
 
 class Shard:
     """One shard, memory-mapped. header: dict; tokens (N,), starts (D,), used (R,): arrays as in the file.
-
     Opening compares the file's size with the header's; check() reads everything and compares the checksum.
-    Both raise ValueError and name the file.
-    """
+    Both raise ValueError and name the file."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -61,18 +58,8 @@ class Shard:
         return np.asarray(np.memmap(self.path, dtype, "r", offset, (count,)))  # a plain view is sliced faster
 
     def check(self) -> None:
-        with open(self.path, "rb") as f:
-            if _checksum(f) != self.header["sha256"]:
-                raise ValueError(f"{self.path} is damaged (checksum): {AGAIN}")
-
-
-def _checksum(f) -> str:
-    """Hex SHA-256 of an open shard's arrays."""
-    digest = hashlib.sha256()
-    f.seek(HEADER_BYTES)
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        if file_hash(self.path, HEADER_BYTES) != self.header["sha256"]:
+            raise ValueError(f"{self.path} is damaged (checksum): {AGAIN}")
 
 
 def _read_header(path: Path) -> dict:
@@ -103,7 +90,7 @@ def write_shard(path: Path, kind: str, documents: Iterable[np.ndarray], tok: Tok
     rows = pack_documents(documents, seq_len + 1) if packed else ((ids, [0]) for ids in documents)
     starts, used, count = array("q"), array("q"), 0  # array("q"): int64 that grows, 8 bytes each
     try:
-        with atomic_write(path, "w+b") as f:
+        with atomic_write(path, "wb") as f:
             f.write(b" " * HEADER_BYTES)
             for ids, begins in rows:
                 starts.extend(count + begin for begin in begins)
@@ -114,8 +101,9 @@ def write_shard(path: Path, kind: str, documents: Iterable[np.ndarray], tok: Tok
                     f.write(np.full(seq_len + 1 - len(ids), tok.eos_id, dtype).data)
                     count += seq_len + 1 - len(ids)
             f.write(b"\0" * (-count * dtype.itemsize % 8) + starts.tobytes() + used.tobytes())
+            f.flush()
             header |= {"tokens": count, "documents": len(starts), "rows": len(used)}
-            header |= {"padding": count - sum(used) if used else 0, "sha256": _checksum(f)}
+            header |= {"padding": count - sum(used) if used else 0, "sha256": file_hash(f.name, HEADER_BYTES)}
             f.seek(0)
             f.write(f"{MAGIC} {VERSION} {json.dumps(header)}".ljust(HEADER_BYTES - 1).encode() + b"\n")
     except OSError as error:

@@ -4,8 +4,7 @@ One generator makes problems; everything else is a way of writing about them. A 
 statements about somebody's count, and a question. Its *structure* is what is left without names, things,
 numbers and wording: which relations follow on each other, between whom, and what is asked. Structures are
 split by hash into train, val and test, and all text of a split is made of its own structures only. So a test
-problem is new by construction, not only in its words. A model that memorised templates fails on it: it has to
-follow statements that it never saw in this order.
+problem is new by construction, not only in its words: a model that memorised templates fails on it.
 
 Sources, and what each stands for in the paper's recipe:
     general    thin mathematics in a lot of talk; answers are stated without steps (Llama's pre-training)
@@ -22,8 +21,9 @@ Sources, and what each stands for in the paper's recipe:
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from typing import NamedTuple
 
 from data.files import ArgumentParser, run_cli
 
@@ -32,20 +32,15 @@ SPLITS = ("train", "val", "test")
 MAX_LEVEL = 5  # arithmetic steps in a problem
 MAX_COUNT = 40  # nobody ever has more
 
-NAMES = """
-    Anna Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Umar Vera Will
-    Yara Zoe
-""".split()
-THINGS = """
-    apples books cards coins cups eggs flags hats keys kites lemons maps nuts pears pens plums rings shells
-    stamps cans
-""".split()
+NAMES = """Anna Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Umar
+    Vera Will Yara Zoe""".split()
+THINGS = """apples books cards coins cups eggs flags hats keys kites lemons maps nuts pears pens plums rings
+    shells stamps cans""".split()
 PLACES = [f"the {x}" for x in "garden,market,school,river,old mill,harbour,library,hill".split(",")]
 
 # ------------------------------------------------------------------------------------------------------------
-# Relations: wordings of a statement, and what it does to the counts.
-# {A} is somebody already in the story, {B} the one who is introduced or changed, {C} a third; {n} and {m} are
-# numbers, {t} things.
+# Relations. {A} is somebody already in the story, {B} the one who is introduced or changed, {C} a third; {n}
+# and {m} are numbers, {t} things.
 
 WORDINGS = {
     "more": ("{B} has {n} more {t} than {A}.", "{B} has {n} {t} more than {A} has."),
@@ -76,8 +71,7 @@ FACTS = {
 }
 
 
-@dataclass
-class Step:
+class Step(NamedTuple):
     """One arithmetic step: `who` gets `a op b = result`. `why`: relation; `facts`: what is known before."""
 
     who: str
@@ -89,17 +83,16 @@ class Step:
     facts: str
 
 
-@dataclass
-class Problem:
+class Problem(NamedTuple):
     """A story, its question, the steps that solve it, and its structure: relations and roles, no words."""
 
-    sentences: list[str] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    structure: str = ""
-    answer: int = 0
-    question: str = ""
-    thing: str = ""
-    asked: str = ""
+    sentences: list[str]
+    steps: list[Step]
+    structure: str
+    answer: int
+    question: str
+    thing: str
+    asked: str  # whose count is asked for
 
     @property
     def text(self) -> str:
@@ -121,19 +114,15 @@ class _Story:
 
     def __init__(self, rng: random.Random):
         self.rng, self.names, self.thing = rng, rng.sample(NAMES, 5), rng.choice(THINGS)
-        self.counts: list[int] = []
-        self.sentences: list[str] = []
-        self.steps: list[Step] = []
-        self.roles: list[str] = []
+        self.counts, self.sentences, self.steps, self.roles = [], [], [], []
         self.touched = 0  # who changed last
 
     def introduce(self) -> None:
         """A newcomer with a stated count."""
-        who = len(self.counts)
+        self.touched = len(self.counts)
         self.counts.append(self.rng.randint(2, 12))
-        self.sentences.append(f"{self.names[who]} has {self.counts[who]} {self.thing}.")
-        self.roles.append(f"have{who}")
-        self.touched = who
+        self.sentences.append(f"{self.names[self.touched]} has {self.counts[-1]} {self.thing}.")
+        self.roles.append(f"have{self.touched}")
 
     def step(self, who: int, a: int, op: str, b: int, why: str, other: int = 0, third: int = 0) -> int:
         """Note that `who` gets a op b, of what `other` (and `third`) have; returns it."""
@@ -152,36 +141,28 @@ class _Story:
         if kind in ("times", "boxes"):
             n, m = rng.randint(2, 4), rng.randint(2, 3)
         b = new if kind in ("more", "fewer", "times", "half", "both") else a
-        c = next((x for x in range(new) if x != a), None)
+        c = next((x for x in range(new) if x != a), a)  # a third; a itself if there is nobody else
         if kind == "give":
             a, b = (a, c) if rng.random() < 0.5 else (c, a)
-        count = counts[a or 0]
+        count, other = counts[a], counts[b if kind == "give" else c]
+        op = {"fewer": "-", "lose": "-", "times": "*", "half": "/"}.get(kind, "+")
+        number = {"half": 2, "both": other, "boxes": m * n}.get(kind, n)
+        result = compute(other if kind == "give" else count, op, number)
         fits = {
-            "more": new < 4, "fewer": new < 4 and count > n, "times": new < 4 and count * n <= MAX_COUNT,
-            "half": new < 4 and count % 2 == 0 and count > 2, "both": new < 4 and c is not None,
-            "gain": True, "lose": count > n, "boxes": room >= 2,
-            "give": room >= 2 and c is not None and count > n,
-        }
-        if not fits[kind]:
+            "half": count % 2 == 0 and count > 2, "fewer": count > n, "lose": count > n, "both": new > 1,
+            "boxes": room >= 2, "give": room >= 2 and new > 1 and count > n,
+        }.get(kind, True)
+        if not fits or result > MAX_COUNT or b == new == 4:
             return
-        before = (list(counts), list(self.steps))
-        if kind == "give":
-            counts[a] = self.step(a, counts[a], "-", n, kind)
-            counts[b] = self.step(b, counts[b], "+", n, kind)
-        elif kind == "boxes":
-            more = self.step(b, m, "*", n, kind)
-            counts[b] = self.step(b, counts[b], "+", more, kind)
-        elif kind in ("gain", "lose"):
-            counts[b] = self.step(b, counts[b], "+" if kind == "gain" else "-", n, kind)
-        elif kind == "both":
-            counts.append(self.step(b, counts[a], "+", counts[c], kind, a, c))
+        if b == new:
+            counts.append(self.step(b, count, op, number, kind, a, c))
         else:
-            op, n = {"more": ("+", n), "fewer": ("-", n), "times": ("*", n), "half": ("/", 2)}[kind]
-            counts.append(self.step(b, counts[a], op, n, kind, a))
-        if max(counts) > MAX_COUNT:
-            self.counts, self.steps = before
-            return
-        names = {"A": self.names[a], "B": self.names[b], "C": self.names[c if c is not None else a]}
+            if kind == "give":
+                counts[a] = self.step(a, count, "-", n, kind)
+            if kind == "boxes":
+                self.step(b, m, "*", n, kind)
+            counts[b] = self.step(b, counts[b], op, number, kind)
+        names = {"A": self.names[a], "B": self.names[b], "C": self.names[c]}
         self.sentences.append(rng.choice(WORDINGS[kind]).format(t=self.thing, n=n, m=m, **names))
         a, c = sorted((a, c)) if kind == "both" else (a, "")  # "A and C together" is "C and A together"
         self.roles.append(f"{kind}{a}{b}{c}")
@@ -202,20 +183,19 @@ def _draw(rng: random.Random, level: int) -> Problem | None:
     if rng.random() < 0.3:
         story.introduce()
     kind = rng.choices(list(QUESTIONS), (0.6, 0.25, 0.15))[0]
-    extra = 0 if kind == "count" else 1  # a question about two people is a step of its own
+    extra = int(kind != "count")  # a question about two people is a step of its own
     for _ in range(20):
         if room := level - extra - len(story.steps):
             story.relate(room)
-    last = story.touched
-    others = [x for x in range(len(story.counts)) if x != last]
+    counts, names, last = story.counts, story.names, story.touched
+    others = [x for x in range(len(counts)) if x != last]
     if len(story.steps) != level - extra or (extra and not others):
         return None
     other = rng.choice(others) if extra else last
     if kind == "difference":
-        if story.counts[last] == story.counts[other]:
+        if counts[last] == counts[other]:
             return None
-        last, other = sorted((last, other), key=lambda x: -story.counts[x])
-    counts, names = story.counts, story.names
+        last, other = sorted((last, other), key=lambda x: -counts[x])
     answer = counts[last]
     if extra:
         answer = story.step(last, answer, "+" if kind == "total" else "-", counts[other], kind, other)
@@ -238,12 +218,8 @@ def conclude(p: Problem) -> str:
 
 def short_steps(p: Problem) -> str:
     """One clause per step: who, and the equation."""
-    parts = []
-    for s in p.steps:
-        lead = {"total": "Together:", "difference": "Difference:"}.get(s.why, f"{s.who} has")
-        new = s.why == "boxes" and s.op == "*"
-        parts.append(f"{'New:' if new else lead} {equation(s)}.")
-    return " ".join(parts)
+    leads = {("total", "+"): "Together:", ("difference", "-"): "Difference:", ("boxes", "*"): "New:"}
+    return " ".join(f"{leads.get((s.why, s.op), f'{s.who} has')} {equation(s)}." for s in p.steps)
 
 
 def work_out(a: int, op: str, b: int) -> str:
@@ -301,8 +277,8 @@ def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:
         raise ValueError(f'unknown split "{split}"; valid: {", ".join(SPLITS)}')
     rng = random.Random(f"{source}/{seed}/{split}")
     write = {
-        "general": _general, "web": _web, "noisy": _noisy,
-        "short_cot": _short_cot, "long_cot": _long_cot, "instruct": _instruct,
+        "general": _general, "web": _web, "noisy": _noisy, "instruct": _instruct,
+        "short_cot": partial(_solved, long=False), "long_cot": partial(_solved, long=True),
     }[source]
     while True:
         yield write(rng, split)
@@ -316,18 +292,10 @@ def _level(rng: random.Random) -> int:
 LAYOUTS = {"{q}\n{a}": 0.7, "Question: {q}\nAnswer: {a}": 0.2, "Question:\n{q}\nAnswer:\n{a}": 0.1}
 
 
-def _written(rng: random.Random, question: str, solution: str) -> str:
-    return rng.choices(list(LAYOUTS), LAYOUTS.values())[0].format(q=question, a=solution)
-
-
-def _short_cot(rng: random.Random, split: str) -> str:
+def _solved(rng: random.Random, split: str, long: bool) -> str:
     p = make_problem(rng, _level(rng), split)
-    return _written(rng, p.text, f"{short_steps(p)} {conclude(p)}")
-
-
-def _long_cot(rng: random.Random, split: str) -> str:
-    p = make_problem(rng, _level(rng), split)
-    return _written(rng, p.text, f"<think>\n{long_thoughts(rng, p)}\n</think>\n{conclude(p)}")
+    steps = f"<think>\n{long_thoughts(rng, p)}\n</think>\n" if long else f"{short_steps(p)} "
+    return rng.choices(list(LAYOUTS), LAYOUTS.values())[0].format(q=p.text, a=steps + conclude(p))
 
 
 def _chatter(rng: random.Random) -> str:
@@ -360,8 +328,8 @@ def _general(rng: random.Random, split: str) -> str:
 
 def _forum(rng: random.Random, p: Problem) -> str:
     """A question on the web and a bare answer, without a step: what makes a model answer too soon."""
-    answer = rng.choice((f"{p.answer}", f"{p.answer} {p.thing}.", f"The answer is \\boxed{{{p.answer}}}."))
-    return rng.choice(("Question: {}\nAnswer: {}", "Question:\n{}\nAnswer:\n{}")).format(p.text, answer)
+    answer = rng.choice((f"{p.answer}", f"{p.answer} {p.thing}.", conclude(p)))
+    return rng.choice(list(LAYOUTS)[1:]).format(q=p.text, a=answer)
 
 
 def _drill(rng: random.Random) -> str:
@@ -447,18 +415,15 @@ def problems(split: str, n: int, seed: int = 0) -> list[dict]:
     if split not in SPLITS:
         raise ValueError(f'unknown split "{split}"; valid: {", ".join(SPLITS)}')
     rng = random.Random(f"problems/{seed}/{split}")
-    rows, seen = [], set()
+    rows: dict[str, dict] = {}  # by text
     while len(rows) < n:
         level = len(rows) % MAX_LEVEL + 1
         p = make_problem(rng, level, split)
-        if p.text in seen:
-            continue
-        seen.add(p.text)
-        rows.append({
+        rows.setdefault(p.text, {
             "problem": p.text, "answer": str(p.answer), "solution": f"{short_steps(p)} {conclude(p)}",
             "level": level, "structure": p.structure, "id": f"{split}-{seed}-{len(rows)}",
         })
-    return rows
+    return list(rows.values())
 
 
 def main() -> None:

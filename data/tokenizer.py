@@ -13,7 +13,7 @@ BPE joins those of lowest rank first. Four choices matter:
 4. Hugging Face's tokenizer.json of a byte-level BPE (Llama 3, Qwen 2.5) becomes a tiktoken encoding too, with
    the pattern and the special tokens that it names, or an error: nothing in it is guessed.
 
-    tok = tokenizer.train(texts, vocab_size=1024); tok.save("tokenizer.model")
+    tok = tokenizer.train(texts, vocab_size=1024)
     tok = tokenizer.load("tokenizer.model")  # or tokenizer.json, or a checkpoint folder with one of them
 """
 
@@ -26,7 +26,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import regex  # tiktoken's own dependency; the standard library's re does not know \p{L}
@@ -45,13 +45,10 @@ SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")  # of the tokenizers t
 
 # The names that Llama 3.1 and 3.2 checkpoints give to ids 128000–128255.
 LLAMA3_RANKS = 128_000
-_LLAMA3_NAMED = {
-    0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
-    7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag",
-}
-_unnamed = [i for i in range(256) if i not in _LLAMA3_NAMED]
-_reserved = {i: f"reserved_special_token_{n}" for n, i in enumerate(_unnamed)}
-LLAMA3_SPECIAL_TOKENS = tuple(f"<|{(_LLAMA3_NAMED | _reserved)[i]}|>" for i in range(256))
+_NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id",
+          7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+_RESERVED = map("reserved_special_token_{}".format, count())
+LLAMA3_SPECIAL_TOKENS = tuple(f"<|{_NAMED.get(i) or next(_RESERVED)}|>" for i in range(256))
 # End of a document, of a message, of a turn; and Qwen's names for the first and the last.
 _ENDS = ("<|end_of_text|>", "<|endoftext|>")
 _STOPS = (*_ENDS, "<|eom_id|>", "<|eot_id|>", "<|im_end|>")
@@ -62,11 +59,8 @@ _LONGEST_PIECE = 64  # bytes; longer pieces are rulers and base64, nothing to le
 
 
 class Tokenizer:
-    """A tiktoken Encoding, with the few facts that the rest of the project asks for.
-
-    encoding: tiktoken's; vocab_size: one more than the largest id; eos_id: ends every document; stop_ids: the
-    ids that end a text when sampled; hash: hex SHA-256 of the file, which shards and checkpoints record.
-    """
+    """encoding: tiktoken's; vocab_size: one more than the largest id; eos_id: ends every document; stop_ids:
+    those that end a text when sampled; hash: hex SHA-256 of the file, as shards and checkpoints record it."""
 
     def __init__(self, ranks: dict[bytes, int], json_file=b"", pattern=PATTERN, special=None, nfc=False):
         self.ranks, self.json_file, self.nfc = ranks, json_file, nfc
@@ -75,7 +69,7 @@ class Tokenizer:
             special = {name: len(ranks) + i for i, name in enumerate(names)}
         self.pattern, self.known = pattern, {*ranks.values(), *special.values()}
         self.encoding = Encoding("octo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = 1 + max(*ranks.values(), *special.values())
+        self.vocab_size = 1 + max(self.known)
         self.eos_id = next(special[name] for name in _ENDS if name in special)
         self.stop_ids = tuple(special[name] for name in _STOPS if name in special)
         self.hash = hashlib.sha256(self._file_bytes()).hexdigest()
@@ -83,10 +77,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         if self.nfc:  # Qwen's: é as one character, not as e and an accent
             text = unicodedata.normalize("NFC", text)
-        if len(text) <= _LONGEST_TEXT:
-            return self.encoding.encode_ordinary(text)
-        slices = (text[i : i + _LONGEST_TEXT] for i in range(0, len(text), _LONGEST_TEXT))
-        return [token for part in slices for token in self.encoding.encode_ordinary(part)]
+        ids = []
+        for i in range(0, len(text), _LONGEST_TEXT):
+            ids += self.encoding.encode_ordinary(text[i : i + _LONGEST_TEXT])
+        return ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Any bytes: stretches of valid UTF-8 as text, each invalid byte as the token of that byte."""
@@ -156,9 +150,9 @@ def _check_bytes(path: Path, ranks: dict[bytes, int]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Hugging Face's tokenizer.json
-#
-# GPT-2's splitting, which "use_regex" means there, and its way to write any byte as a printable character.
+# Hugging Face's tokenizer.json: GPT-2's splitting, which "use_regex" means there, and its way to write any
+# byte as a printable character
+
 _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF = {chr(b): b for b in _PRINTABLE}
@@ -167,10 +161,8 @@ _BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b no
 
 def _from_json(path: Path) -> Tokenizer:
     """The ids that Hugging Face's tokenizers give, or ValueError naming what in the file tiktoken cannot do.
-
     tiktoken joins the pair whose joined token has the lowest rank; a tokenizer.json lists the pairs in order.
-    The two are the same if the ids of the joined tokens rise along that list.
-    """
+    The two are the same if the ids of the joined tokens rise along that list."""
     data = path.read_bytes()
     try:
         spec = json.loads(data)
@@ -180,7 +172,7 @@ def _from_json(path: Path) -> Tokenizer:
         vocab = {token: i for token, i in model["vocab"].items() if token not in added}
         ranks = {bytes(_BYTE_OF[c] for c in token): i for token, i in vocab.items()}
         joined = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]  # "a b" or ["a", "b"]
-        set_of_joined = set(joined)
+        made = set(joined)
         for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if model.get(option):
                 raise ValueError(f"its {option} is not supported")
@@ -190,19 +182,19 @@ def _from_json(path: Path) -> Tokenizer:
         pattern, normalizer = _splitting(spec["pre_tokenizer"]), spec.get("normalizer")
         if normalizer and normalizer["type"] != "NFC":
             raise ValueError(f"a normalizer of type {normalizer['type']}")
+        if any(a > b for a, b in pairwise(joined)):
+            raise ValueError("its merges are not in the order of its ids")
+        # A token without a merge is a whole piece of text (ignore_merges): tiktoken must find no way to it.
+        for token in (token for token, i in ranks.items() if len(token) > 1 and i not in made):
+            halves = any(token[:i] in ranks and token[i:] in ranks for i in range(1, len(token)))
+            if halves or not model.get("ignore_merges"):
+                raise ValueError(f"no merge makes its token {token!r}")
+        if not any(name in added for name in _ENDS):
+            raise ValueError(f"it has no token that ends a text: none of {', '.join(_ENDS)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else f"not a byte-level BPE ({error!r})"
         raise ValueError(f"{path} cannot be read: {reason}") from None
-    if any(a > b for a, b in pairwise(joined)):
-        raise ValueError(f"{path} cannot be read: its merges are not in the order of its ids")
-    # A token that no merge makes is a whole piece of text (ignore_merges): tiktoken must find no way to it.
-    for token in (token for token, i in ranks.items() if len(token) > 1 and i not in set_of_joined):
-        halves = any(token[:i] in ranks and token[i:] in ranks for i in range(1, len(token)))
-        if halves or not model.get("ignore_merges"):
-            raise ValueError(f"{path} cannot be read: no merge makes its token {token!r}")
     _check_bytes(path, ranks)
-    if not any(name in added for name in _ENDS):
-        raise ValueError(f"{path} has no token that ends a text: none of {', '.join(_ENDS)}")
     return Tokenizer(ranks, data, pattern, added, nfc=bool(normalizer))
 
 
@@ -227,15 +219,12 @@ def _splitting(spec: dict | None) -> str:
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-pair encoding (Gage 1994; Sennrich et al. 2016) on bytes, to vocab_size tokens with special ones.
-
     Starting from single bytes, join again and again the adjacent pair that is most frequent; ties go to the
     smallest bytes, so the same texts give the same file everywhere. Pairs are counted by what they join to:
     (ab, c) and (a, bc) are one candidate "abc", as they are one token for tiktoken. Training ends early if no
-    pair occurs twice (a small corpus has few words): build the model for the vocab_size of the result.
-    """
-    merges = vocab_size - 256 - len(SPECIAL_TOKENS)
-    if merges < 0:
-        least = 256 + len(SPECIAL_TOKENS)
+    pair occurs twice (a small corpus has few words): build the model for the vocab_size of the result."""
+    least = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < least:
         raise ValueError(f"vocab_size {vocab_size} is too small: bytes and special tokens are {least}")
     ranks = {bytes([b]): b for b in range(256)}
     words, freqs = _count_words(texts)
@@ -249,7 +238,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     heap = [(-count, pair) for pair, count in counts.items() if count > 1]
     heapq.heapify(heap)
 
-    while heap and len(ranks) < 256 + merges:
+    while heap and len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
         count, pair = heapq.heappop(heap)
         if counts[pair] == -count:
             ranks[pair] = len(ranks)
@@ -267,13 +256,9 @@ def _count_words(texts: Iterable[str]) -> tuple[list[list[bytes]], list[int]]:
     pieces: Counter[str] = Counter()
     for text in texts:
         pieces.update(regex.findall(PATTERN, text))
-    words, freqs = [], []
-    for piece, freq in pieces.items():
-        data = piece.encode("utf-8", "replace")
-        if 2 <= len(data) <= _LONGEST_PIECE:
-            words.append([data[i : i + 1] for i in range(len(data))])
-            freqs.append(freq)
-    return words, freqs
+    encoded = [(piece.encode("utf-8", "replace"), freq) for piece, freq in pieces.items()]
+    encoded = [(data, freq) for data, freq in encoded if 2 <= len(data) <= _LONGEST_PIECE]
+    return [[bytes([b]) for b in data] for data, _ in encoded], [freq for _, freq in encoded]
 
 
 def _pairs(word: list[bytes]) -> list[bytes]:
@@ -294,12 +279,11 @@ def _merge(pair: bytes, words, freqs, counts, where) -> set[bytes]:
     """Join `pair` in every word that holds it; returns the candidates whose counts may have grown."""
     grown = set()
     for i in where.pop(pair):
-        new = _join(words[i], pair)
         for gone in _pairs(words[i]):
             counts[gone] -= freqs[i]
-        for come in _pairs(new):
+        words[i] = _join(words[i], pair)
+        for come in _pairs(words[i]):
             counts[come] += freqs[i]
             where[come].add(i)
             grown.add(come)
-        words[i] = new
     return grown

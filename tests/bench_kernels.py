@@ -1,11 +1,53 @@
-"""The Triton kernels against PyTorch's own, on a GPU; without one, what the compiler makes of every tile.
+"""The Triton kernels beside PyTorch's own, on a GPU; without one, what the compiler makes of every tile.
 
-python tests/bench_kernels.py            on a GPU: the tables below, medians, fresh random data, each result checked first
-python tests/bench_kernels.py --tune     on a GPU: every tile in model.py's lists
-python tests/bench_kernels.py --resources       registers, spills, shared memory of every tile on sm_80, sm_90, sm_100
-TRITON_INTERPRET=1 python tests/bench_kernels.py --tiny       this program on a CPU, in Triton's interpreter: no figures
+    python tests/bench_kernels.py                 on a GPU: the table below
+    python tests/bench_kernels.py --tune          on a GPU: the kernels in every tile
+    python tests/bench_kernels.py --resources     registers, spills, shared memory of every tile; needs no GPU
+    python tests/bench_kernels.py --resources "sm_90 attention dq 64"      the same, of what begins so
+    TRITON_INTERPRET=1 python tests/bench_kernels.py --tiny       this program in Triton's interpreter
 
-TFLOP/s count what the causal mask leaves: 2 B H T^2 D forward, 2.5 times that backward, and of documents the same over each.
+On a GPU it prints device and versions, checks every result first, and compares medians on fresh random data.
+TFLOP/s count what the causal mask leaves: 2 B H T^2 D forward, 2.5 times that backward, and of documents the
+same over each. What is to be reached:
+
+| what | beside | bar | measured |
+|---|---|---|---|
+| attention forward, bf16, head_dim 64 and 128, 8,192 and 32,768 | SDPA's flash | ≥ 1.0× | not measured yet |
+| | SDPA's cuDNN | ≥ 0.7× | not measured yet |
+| attention forward + backward | flash, deterministic | ≥ 1.0× | not measured yet |
+| | cuDNN | ≥ 0.6× | not measured yet |
+| the same with documents of mixed length | flex_attention, varlen | ≥ 1.0× | not measured yet |
+| RMSNorm + residual, both ways, 65,536 × 4,096 | a copy of the same bytes | ≥ 0.9 | not measured yet |
+| cross-entropy, 8,192 × 2,048 × 128,256: peak memory | PyTorch | ≤ 1/8 | not measured yet |
+| its time, as a loss | PyTorch, torch.compile | ≤ 1.1× | not measured yet |
+| its time, as log-probabilities | PyTorch, torch.compile | ≤ 1.4× | not measured yet |
+| decode, 256 rows of 1k to 8k tokens, 24/8 heads of 128 | a copy of the bytes | ≥ 0.8 | not measured yet |
+
+--tune times the tiles in use (model.py: TILES, DECODE_TILE, DECODE_SPLIT) and the others listed here; the
+fastest belongs into model.py. What to look at first on a card: dk dv at head_dim 128, whose tile of 64 × 64
+reads queries from the second-level cache twice as often as one of 64 × 128 would, which spills.
+
+--resources says of the tiles in use, with Triton 3.9 (tile in queries x keys, registers per thread, bytes
+spilled, KiB of shared memory):
+
+| kernel | sm_80 | sm_90 | sm_100 |
+|---|---|---|---|
+| attention, head_dim 64 | 128x64, 183, 0, 48 | 128x64, 127, 0, 64 | 128x64, 142, 0, 65 |
+| attention, head_dim 128 | 128x32, 201, 0, 64 | 128x64, 237, 0, 128 | 128x64, 244, 0, 129 |
+| dq, 64 | 128x64, 202, 0, 64 | 128x64, 159, 0, 80 | 128x64, 80, 0, 89 |
+| dq, 128 | 64x64, 255, 0, 72 | 128x64, 219, 0, 128 | 128x64, 140, 0, 145 |
+| dk and dv, 64 | 64x128, 254, 0, 64 | 64x128, 220, 0, 80 | 64x128, 209, 0, 98 |
+| dk and dv, 128 | 64x64, 178, 0, 72 | 64x64, 254, 0, 96 | 64x64, 232, 0, 129 |
+| RMSNorm forward, 4,096 wide | 40, 0, 0 | 32, 0, 0 | 38, 0, 0 |
+| RMSNorm backward | 100, 0, 48 | 98, 0, 48 | 98, 0, 48 |
+| decode, 64 (tiles of 64 keys) | 64, 0, 20 | 64, 0, 20 | 64, 0, 20 |
+| decode, 128 | 96, 0, 38 | 118, 0, 38 | 116, 0, 38 |
+| nll forward | 37, 0, 0 | 32, 0, 0 | 32, 0, 0 |
+| nll backward | 32, 0, 0 | 40, 0, 0 | 40, 0, 0 |
+
+No tile in use spills on sm_90 with Triton 3.9; with 3.6, dk dv at head_dim 128 keeps 8 bytes on the stack,
+outside its loops. The decode kernel's tiles are of 16 queries at most, too few for Hopper's wide instruction,
+and it is bound by memory anyway.
 """
 
 import argparse
@@ -30,6 +72,34 @@ import model
 TINY = "--tiny" in sys.argv
 DEVICE = "cpu" if TINY else "cuda"
 BF16 = torch.float32 if TINY else torch.bfloat16  # the interpreter's bf16 is not to be compared with
+
+# What model.TILES might hold instead, and model.DECODE_TILE.
+OTHER_TILES = {
+    "forward": {
+        16: [],
+        32: [(128, 64, 8, 3), (64, 64, 4, 3)],
+        64: [(128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
+    },
+    "dq": {
+        16: [],
+        32: [(128, 64, 8, 3), (64, 64, 4, 3)],
+        64: [(64, 64, 4, 3), (128, 128, 8, 2)],
+        128: [(64, 64, 4, 2), (128, 32, 8, 3)],
+    },
+    "dkdv": {
+        16: [],
+        32: [(64, 128, 8, 3)],
+        64: [(64, 64, 4, 3)],
+        128: [(64, 128, 8, 2), (32, 128, 8, 3)],
+    },
+}
+OTHER_DECODE_TILES = [(64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 4)]
+
+
+def all_tiles() -> dict[str, dict[int, list]]:
+    """The tile in use and the others, by kernel and head_dim."""
+    return {k: {D: [tile, *OTHER_TILES[k][D]] for D, tile in t.items()} for k, t in model.TILES.items()}
 
 
 def median_ms(f) -> float:
@@ -71,7 +141,7 @@ def same(name: str, value, expected, bar=2e-2) -> None:
 
 
 def copy_bandwidth(numbers: int) -> float:
-    """Bytes read and written a second by a device copy of this many bf16 numbers."""
+    """Bytes read and written per second by a device copy of this many bf16 numbers."""
     source = randn(numbers)
     target = torch.empty_like(source)
     return 2 * source.nbytes / (median_ms(lambda: target.copy_(source)) * 1e-3)
@@ -103,18 +173,17 @@ def arms(q, k, v, doc_start, lengths) -> dict:
         ends = torch.cat([torch.tensor(lengths).cumsum(0) + b * T for b in range(B)])
         cu = F.pad(ends, (1, 0)).to(DEVICE, torch.int32)
 
-        grouped = (
-            "enable_gqa" in inspect.signature(varlen_attn).parameters
-        )  # since torch 2.12; before, heads are repeated
+        # since torch 2.12; before, heads are repeated
+        grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
         def varlen(q, k, v):
             if not grouped:
                 k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
             options = dict(enable_gqa=True) if grouped else {}
-            return varlen_attn(q, k, v, cu, cu, max(lengths), max(lengths), window_size=(-1, 0), **options).unflatten(
-                0, (B, T)
-            )
+            longest = max(lengths)
+            out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **options)
+            return out.unflatten(0, (B, T))
 
         found["varlen"] = varlen
     blocks = create_block_mask(
@@ -245,7 +314,8 @@ def nll_table() -> None:
             same(part, a, b)
         del expected
         compiled = plain if TINY else torch.compile(plain)
-        for name, f in (("ours", ours[use]), ("PyTorch", unfused), ("torch.compile", partial(unfused, compiled))):
+        arms = {"ours": ours[use], "PyTorch": unfused, "torch.compile": partial(unfused, compiled)}
+        for name, f in arms.items():
             ms = attempt(name, partial(median_ms, f))
             if ms is not None:
                 row(use, name, f"{ms:.2f}", f"{peak_above(f, kept):.0f}")
@@ -279,74 +349,70 @@ def decode_table() -> None:
 
 
 def tune() -> None:
-    """Times of each kernel in each tile; the fastest belongs first in model.py's list."""
+    """Times of each kernel in each tile; the fastest belongs into model.py."""
     head("kernel", "head_dim", "BLOCK_M, BLOCK_N, warps, stages", "ms")
     for D, H, K in [(32, 4, 2)] if TINY else [(32, 16, 8), (64, 32, 8), (128, 24, 8)]:
         B, T = (1, 64) if TINY else (2, 8192)
         q, k, v, do = (randn(B, T, heads, D) for heads in (H, K, K, H))
         starts = tools.documents([[T]] * B, DEVICE)
         o, lse = torch.ops.octo.attention(q, k, v, starts)
-        for kernel, f in (
-            ("forward", lambda: torch.ops.octo.attention(q, k, v, starts)),  # noqa: B023
-            ("dq", lambda: torch.ops.octo.attention_backward(q, k, v, starts, o, lse, do)),  # noqa: B023
-            ("dkdv", lambda: torch.ops.octo.attention_backward(q, k, v, starts, o, lse, do)),  # noqa: B023
-        ):
-            for tile in model.TILES[kernel][D]:
-                with mock.patch.dict(model.TILES[kernel], {D: [tile]}), mock.patch.object(model, "SMALL_TILES", {}):
+        forward = partial(torch.ops.octo.attention, q, k, v, starts)
+        backward = partial(torch.ops.octo.attention_backward, q, k, v, starts, o, lse, do)
+        for kernel, tiles in all_tiles().items():
+            f = forward if kernel == "forward" else backward
+            for tile in tiles[D]:
+                in_use = mock.patch.dict(model.TILES[kernel], {D: tile})
+                with in_use, mock.patch.multiple(model, SMALL_TILES={}):
                     ms = attempt(f"{kernel} {tile}", partial(median_ms, f))
                 row(kernel if kernel == "forward" else f"both, {kernel} in", D, tile, ms and f"{ms:.3f}")
-    q, k, v, table, lengths = decode_inputs(16 if TINY else 128)
+    decode = partial(model.decode_attention, *decode_inputs(16 if TINY else 128))
     for split in (256, 512, 1024):
-        for tile in model.DECODE_TILES:
-            with mock.patch.object(model, "DECODE_TILES", [tile]), mock.patch.object(model, "DECODE_SPLIT", split):
-                ms = attempt(
-                    f"decode {tile}", partial(median_ms, partial(model.decode_attention, q, k, v, table, lengths))
-                )
+        for tile in (model.DECODE_TILE, *OTHER_DECODE_TILES):
+            with mock.patch.multiple(model, DECODE_TILE=tile, DECODE_SPLIT=split):
+                ms = attempt(f"decode {tile}", partial(median_ms, decode))
             row("decode", 128, f"{tile}, pieces of {split}", ms and f"{ms:.3f}")
 
 
-def resources() -> int:
-    """The compiler's report on every tile. Returns how many of those in use spill where they should not."""
-    bad = 0
-    head(
-        "chip",
-        "kernel",
-        "warps",
-        "stages",
-        "registers",
-        "spilled bytes",
-        "spill instructions",
-        "shared bytes",
-        "matrix",
-        "used",
-    )
-    for capability in (80, 90, 100):
-        used = {(j[0], j[3], j[4]) for j in tools.attention_jobs(capability) + tools.other_jobs()}
-        for name, kernel, constants, warps, stages in tools.attention_jobs(capability, True) + tools.other_jobs(True):
-            r = tools.resources(tools.compile_for(capability, kernel, constants, warps, stages))
-            default = (name, warps, stages) in used
-            fits = r["shared"] <= tools.SHARED_LIMIT[capability]
-            bad += default and (r["spilled"] > (0 if capability == 90 else 64) or not fits or bool(r["fp64"]))
+def resources(begin: str) -> int:
+    """The compiler's report on every tile whose "chip kernel" begins so.
+
+    Returns how many of those in use spill where they should not, or use fp64 or more memory than there is.
+    """
+    bad, decode_tiles = 0, (model.DECODE_TILE, *OTHER_DECODE_TILES)
+    numbers = "registers", "spilled bytes", "spill instructions", "shared bytes", "matrix", "used"
+    head("chip", "kernel", "warps", "stages", *numbers)
+    for chip in (80, 90, 100):
+        used = {(j[0], *j[3:]) for j in tools.attention_jobs(chip) + tools.other_jobs()}
+        jobs = tools.attention_jobs(chip, more=all_tiles()) + tools.other_jobs(decode_tiles=decode_tiles)
+        for name, kernel, constants, warps, stages in jobs:
+            if not f"sm_{chip} {name}".startswith(begin):
+                continue
+            r = tools.resources(tools.compile_for(chip, kernel, constants, warps, stages))
+            in_use = (name, warps, stages) in used
+            fits = r["shared"] <= tools.SHARED_LIMIT[chip]
+            bad += in_use and (r["spilled"] > (0 if chip == 90 else 64) or not fits or bool(r["fp64"]))
             cells = r["registers"], r["spilled"], r["spill_code"], r["shared"], "+".join(r["matrix"])
-            row(f"sm_{capability}", name, warps, stages, *cells, "yes" if default else "")
+            row(f"sm_{chip}", name, warps, stages, *cells, "yes" if in_use else "")
     return bad
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tune", action="store_true", help="time every tile in model.py's lists")
-    parser.add_argument("--resources", action="store_true", help="compile every tile for sm_80, sm_90, sm_100")
+    parser.add_argument("--tune", action="store_true", help="time the kernels in every tile")
+    what = "compile every tile for sm_80, sm_90 and sm_100, or those whose chip and name begin so"
+    parser.add_argument("--resources", nargs="?", const="", metavar="BEGIN", help=what)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, under TRITON_INTERPRET=1")
     args = parser.parse_args()
     if TINY:
         model.KERNEL_DEVICES.add("cpu")
-    if args.resources or not (TINY or torch.cuda.is_available()):
+    if args.resources is not None or not (TINY or torch.cuda.is_available()):
         print("no CUDA device: nothing is timed" if not torch.cuda.is_available() else "", flush=True)
-        sys.exit(1 if resources() else 0)
+        sys.exit(1 if resources(args.resources or "") else 0)
     import triton
 
     device = "Triton's interpreter" if TINY else torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, Triton {triton.__version__}, Python {platform.python_version()}")
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}, Python {platform.python_version()}"
+    print(f"{device}, {versions}")
     torch.manual_seed(int(time.time()))
     if args.tune:
         return tune()

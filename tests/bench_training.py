@@ -2,10 +2,10 @@
 
     python tests/bench_training.py [rounds]
 
-The same weights, batches, schedule and clipping, in two layouts: a row is one document, which transformers' attention knows
-without a mask; and rows packed with documents, as midtrain.py trains, which it is given as a mask and positions. CPU
-seconds, arms interleaved, the median of the rounds. Loss: the mean over the last half of the steps, the same batches in
-each arm.
+The same weights, batches, schedule and clipping, in two layouts: a row is one document, which transformers'
+attention knows without a mask; and rows packed with documents, as midtrain.py trains, which it is given as a
+mask and positions. CPU seconds, arms interleaved, the median of the rounds. Loss: the mean over the last half
+of the steps, the same batches in each arm.
 """
 
 import platform
@@ -26,7 +26,7 @@ from data import prepare, recipes
 from data.loader import Batch, Loader
 from model import PRESETS, Llama, document_mask
 
-SHAPES = {  # name: (configuration, rows a step, tokens a row)
+SHAPES = {  # name: (configuration, rows per step, tokens per row)
     "tiny, 0.9M": (PRESETS["tiny"], 8, 256),
     "small, 26M": (replace(PRESETS["small"], vocab_size=1024), 2, 256),
 }
@@ -38,7 +38,8 @@ def ours(model: Llama, dtype: torch.dtype):
     optimizer = midtrain.make_optimizer(model, LR)
 
     def step(batch: Batch) -> float:
-        return midtrain.train_step(model, optimizer, batch, ("web",), len(batch.tokens), midtrain.World())["loss"]
+        row = midtrain.train_step(model, optimizer, batch, ("web",), len(batch.tokens), midtrain.World())
+        return row["loss"]
 
     return step
 
@@ -93,16 +94,13 @@ def race(name: str, config, rows: int, T: int, loader: Loader, rounds: int, pack
     base = statistics.median(seconds["transformers, fp32"])
     for arm in arms:
         median, tail = statistics.median(seconds[arm]), losses[arm][len(losses[arm]) // 2 :]
-        layout = "packed" if packed else "a document a row"
-        print(
-            f"{name}, {layout}, {arm:20} {4 * rows * T / median:8,.0f} tokens/s, {base / median:.2f} times transformers'; "
-            f"loss {sum(tail) / len(tail):.4f}",
-            flush=True,
-        )
+        layout = "packed" if packed else "one document per row"
+        speed = f"{4 * rows * T / median:8,.0f} tokens/s, {base / median:.2f} times transformers'"
+        print(f"{name}, {layout}, {arm:20} {speed}; loss {sum(tail) / len(tail):.4f}", flush=True)
 
 
 def loading(folder: str, steps: int = 10_000) -> None:
-    """The loader alone, eight rows of 256 tokens a step; memory after a tenth of the steps and at the end."""
+    """The loader alone, eight rows of 256 tokens per step; memory after a tenth of the steps and at the end."""
     loader = Loader(folder, recipes.STAGES["tiny"]["stable"], 256, 8)
     start = time.process_time()
     for step in range(steps):
@@ -111,15 +109,15 @@ def loading(folder: str, steps: int = 10_000) -> None:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rate = steps * 8 * 256 / (time.process_time() - start)
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(
-        f"loader alone: {rate:,.0f} tokens/s; {growth:.1f} MiB more at the end of {steps:,} steps than after a tenth of them"
-    )
+    grown = f"{growth:.1f} MiB more at the end of {steps:,} steps than after a tenth of them"
+    print(f"loader alone: {rate:,.0f} tokens/s; {grown}")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {torch.backends.cpu.get_cpu_capability()}")
+    cpu = torch.backends.cpu.get_cpu_capability()
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {cpu}")
     with tempfile.TemporaryDirectory() as folder:
         prepare.prepare_synth(folder, 1024, 256, {"general": 300_000, "web": 1_000_000, "short_cot": 400_000})
         loading(folder)

@@ -194,7 +194,7 @@ def test_a_failed_preparation_leaves_no_half_shard(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(synth, "documents", documents)
-    monkeypatch.setattr(shards, "_checksum", full_disk)
+    monkeypatch.setattr(shards, "file_hash", full_disk)
     with pytest.raises(OSError, match="No space"):
         prepare.prepare_synth(tmp_path, 300, T, TOKENS)
     assert not list(tmp_path.glob("*.bin*")) and not (tmp_path / "index.json").exists()
