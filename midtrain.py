@@ -65,8 +65,7 @@ from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
 from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained
 
-# ------------------------------------------------------------------------------------------------------------
-# The recipe
+# ---- The recipe --------------------------------------------------------------------------------------------
 
 
 class Stage(NamedTuple):
@@ -136,8 +135,7 @@ RUNS = {
 }
 EXTRA_TOKENS = {"noisy": 4_000_000}  # generated only for a mixture that has this source
 
-# ------------------------------------------------------------------------------------------------------------
-# Optimizer, schedule, loss, the step
+# ---- Optimizer, schedule, loss, the step -------------------------------------------------------------------
 
 
 def make_optimizer(model: Llama, lr: float, weight_decay: float = WEIGHT_DECAY, betas=BETAS):
@@ -210,8 +208,7 @@ def validate(model: Llama, loader: Loader, mixture: dict, micro_batch: int, worl
     return row
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A stage
+# ---- A stage -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,8 +240,7 @@ def stages_to_run(args) -> list[str]:
         if below == "base" and args.init:
             break
         if not RUNS[args.preset]["steps"][below]:
-            how = f"--preset {args.preset} needs --init DIR"
-            raise ValueError(f"{how}, the Hugging Face Llama that it starts from")
+            raise ValueError(f"--preset {args.preset} needs --init DIR, the Hugging Face Llama to start from")
         stages.insert(0, below)
     if len(stages) > 1:
         files.print0(f"[{args.branch}] stands on stages that are not there yet: running {', '.join(stages)}")
@@ -300,8 +296,7 @@ def run_stage(stage: str, args, world: World) -> None:
     files.print0(f"[{stage}] done: {saved}; sequences seen: {shares}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Below: what a stage needs (its settings, data and model), then what is shared with rl.py and verify.py
+# ---- Below: what a stage needs, then what is shared with rl.py and verify.py -------------------------------
 
 
 def is_finished(stage_dir: str) -> bool:
@@ -335,8 +330,8 @@ def resolve_mixture(mix: dict | str | None, corpus: str) -> dict[str, float]:
     """What --mix says: weights, or the name of a controlled mixture in recipes.py; {} if it says nothing."""
     named = recipes.CONTROLLED.get(corpus, {})
     if isinstance(mix, str) and mix not in named:
-        valid = f"valid: {', '.join(named) or 'none'}; or source=share,source=share"
-        raise ValueError(f"no mixture {mix!r} for this data ({valid})")
+        valid = ", ".join(named) or "none"
+        raise ValueError(f"no mixture {mix!r} for this data (valid: {valid}; or source=share,source=share)")
     return named[mix] if isinstance(mix, str) else mix or {}
 
 
@@ -351,13 +346,11 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> Settings:
     if named and args.mix:
         mixtures = mixtures | {stage: resolve_mixture(args.mix, corpus)}
     if stage not in mixtures:
-        have = f"for {', '.join(mixtures)}" if mixtures else "at all"
-        wanted = f"stage {stage} needs --mix, source=share,…"
-        raise ValueError(f"{wanted}: the data in {data_dir} has mixtures {have}")
+        have = f"mixtures for {', '.join(mixtures)}" if mixtures else "no mixtures at all"
+        raise ValueError(f"stage {stage} needs --mix source=share,…: the data in {data_dir} has {have}")
     config = model_shape(args, below, tok.vocab_size)
     if config.vocab_size < tok.vocab_size:  # more is padding, as Qwen's matrices have it
-        sizes = f"{tok.vocab_size} ids, this model {config.vocab_size}"
-        raise ValueError(f"the tokenizer of {data_dir} has {sizes}")
+        raise ValueError(f"{data_dir}'s tokenizer has {tok.vocab_size} ids, this model {config.vocab_size}")
     start = args.init if args.init and below == "base" else below or "random"
     return Settings(
         stage=stage, preset=args.preset, starts_from=start, mixture=mixtures[stage], tokenizer=tok.hash,
@@ -433,8 +426,7 @@ def count_skips(row: dict, before: int, stage: str) -> int:
     return before + 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes
+# ---- Processes ---------------------------------------------------------------------------------------------
 
 
 def setup(threads: int | None = None) -> World:
@@ -527,10 +519,9 @@ class Interrupt:
     error that leaves the loop carries `where`, the step that it happened in."""
 
     def __init__(self, name: str):
-        self.name, self.step = name, 0
+        self.name, self.step, self.signum, self.when = name, 0, 0, 0.0
 
     def __enter__(self):
-        self.signum, self.when = 0, 0.0
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -554,8 +545,7 @@ class Interrupt:
         return int(signum)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sharding, compilation, precision
+# ---- Sharding, compilation, precision ----------------------------------------------------------------------
 
 
 def apply_fsdp(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1) -> Llama:
@@ -595,8 +585,7 @@ def fastest_dtype(device: torch.device) -> str:
     return "bf16" if device.type == "cuda" or native else "fp32"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints: STAGE/checkpoints/step_N: config.json, model.safetensors, tokenizer.model, meta.json, state/
+# ---- Checkpoints: config.json, model.safetensors, tokenizer.model, meta.json, state/ -----------------------
 
 KEEP = 2  # checkpoints of a stage
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, in one process
@@ -616,12 +605,12 @@ def open_folder(folder: str, settings: dict) -> str | None:
 def save_checkpoint(
     stage_dir: str, step: int, model: Llama, optimizer, tok: Tokenizer, meta: dict, keep_every=None
 ) -> str:
-    """Write a checkpoint aside, rename it, then let `latest` name it; delete all but the last KEEP and those
-    of every `keep_every`-th step. Returns its path.
+    """Write a checkpoint aside, rename it, then let `latest` name it → its path. All but the last KEEP and
+    those of every `keep_every`-th step are deleted. Called by every rank. OSError: the earlier ones are
+    untouched.
 
-    The folder is a Hugging Face checkpoint in fp32; `state` beside it holds weights and optimizer in shards
-    that any number of ranks can load. Called by every rank. OSError: it could not be written; the earlier
-    ones are untouched.
+    The folder is a Hugging Face checkpoint in fp32; `state` in it holds weights and optimizer in shards that
+    any number of ranks can load.
     """
     folder = os.path.join(stage_dir, "checkpoints")
     final, aside = os.path.join(folder, f"step_{step:06d}"), os.path.join(folder, "unfinished")
@@ -637,8 +626,8 @@ def save_checkpoint(
         free = shutil.disk_usage(stage_dir).free >> 20
         shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
         reason = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
-        why = f"{reason}; {free} MiB free"
-        raise OSError(f"{final} could not be written ({why}); those before it are intact") from None
+        what = f"{final} could not be written ({reason}; {free} MiB free)"
+        raise OSError(f"{what}; those before it are intact") from None
     return final
 
 
@@ -652,8 +641,8 @@ def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta:
     tok.save(os.path.join(aside, tokenizer.FILE_NAME))
     paths = sorted(os.path.join(root, name) for root, _, names in os.walk(aside) for name in names)
     names = [os.path.relpath(path, aside) for path in paths]
-    meta |= {"files": dict(zip(names, map(os.path.getsize, paths)))}
-    meta |= {"sha256": dict(zip(names, files.file_hashes(paths)))}
+    sizes, sums = map(os.path.getsize, paths), files.file_hashes(paths)
+    meta |= {"files": dict(zip(names, sizes)), "sha256": dict(zip(names, sums))}
     files.write_json(os.path.join(aside, "meta.json"), meta)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
@@ -673,14 +662,13 @@ def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -
     Learning rate, betas and weight decay stay the optimizer's own: they belong to the stage."""
     check_shape(path, model.config)
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    weights, moments = states.get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
+    state = dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer)))
     try:
         dcp.load(state, checkpoint_id=os.path.join(path, "state"))
     except dcp.CheckpointException as error:
         raise ValueError(f"{path} cannot be loaded: {next(iter(error.failures.values()))[0]}") from None
-    loaded = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    states.set_state_dict(model, optimizer, **loaded)
+    weights, moments = state["model"], state["optimizer"]
+    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
     return files.read_json(os.path.join(path, "meta.json"))
@@ -694,8 +682,7 @@ def check_shape(path: str, config: LlamaConfig) -> None:
         raise ValueError(f"{path} is of another shape than this run's model: {changed}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Metrics and speed
+# ---- Metrics and speed -------------------------------------------------------------------------------------
 
 
 def read_metrics(path: str) -> list[dict]:
@@ -780,8 +767,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The plan: size, time and memory on GPUs
+# ---- The plan: size, time and memory on GPUs ---------------------------------------------------------------
 
 PLAN_MFU, PLAN_DEVICE = 0.4, "NVIDIA H200"  # what --plan counts on
 
@@ -832,9 +818,8 @@ def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
 
 def show_plan(args) -> None:
     """Print size, cost and memory of a stage on several numbers of GPUs."""
-    config = PRESETS[args.preset]
-    if args.init:
-        config = config_from_hf(files.read_json(f"{args.init}/config.json"))
+    found = files.read_json(f"{args.init}/config.json") if args.init else None
+    config = config_from_hf(found) if found else PRESETS[args.preset]
     steps = args.steps or RUNS[args.preset]["steps"][args.branch]
     tokens, dtype = steps * args.batch * args.seq_len, "bf16" if args.dtype == "auto" else args.dtype
     flops = tokens * flops_per_token(config, args.seq_len)
@@ -851,15 +836,13 @@ def show_plan(args) -> None:
         rows.append([f"{gpus}", *(f"{size / 2**30:.1f}" for size in parts.values())])
         rows[-1] += [f"{hours * 3600 / steps:.2f}", f"{hours:,.1f}", f"{hours * gpus:,.1f}"]
     if not rows:
-        fit = f"--batch {args.batch} and --replicate {args.replicate} fit"
-        raise ValueError(f"{fit} none of 1, 8 and 64 GPUs")
+        raise ValueError(f"--batch {args.batch}, --replicate {args.replicate} fit none of 1, 8 and 64 GPUs")
     table = [["GPUs", *parts, "s per step", "hours", "GPU-hours"], *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     print("\n".join(" | ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ------------------------------------------------------------------------------------------
 
 # Numbers, all above 0: name → (type, default, help). "preset": the preset's value.
 FLAGS = {
@@ -923,8 +906,7 @@ def parse_args():
         elif not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.branch == "base" and (args.init or not run["steps"]["base"]):
-        start = f"with --init or --preset {args.preset}, take stable"
-        raise ValueError(f"a base stage starts from random weights: {start}")
+        raise ValueError("a base stage starts from random weights: with --init or this preset, take stable")
     return args
 
 

@@ -71,8 +71,7 @@ from midtrain import World
 from model import Llama
 from sample import Sampler, load_model, unsharded
 
-# ------------------------------------------------------------------------------------------------------------
-# The algorithm, on plain tensors
+# ---- The algorithm, on plain tensors -----------------------------------------------------------------------
 
 
 def advantages(rewards: Tensor, kind: str = "group", eps: float = 1e-6) -> Tensor:
@@ -217,8 +216,7 @@ def prompt_order(n: int, per_step: int, step: int, seed: int) -> list[int]:
     return row[start : start + per_step].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rollouts
+# ---- Rollouts ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -325,11 +323,10 @@ def rollout_metrics(samples: list[Sample], world: World) -> dict[str, float | No
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Packing: responses → rows of tokens. Where prompts are shared, the responses of a row are to one problem and
-# go on from one copy of its prompt, the prefix, which attention shows to all of them. So the prompt is
-# computed once and not for each response: 15 to 38 % of a GRPO step on a CPU. The GPU's attention kernel
-# knows no prefix, so there each response follows a prompt of its own.
+# ---- Packing: responses → rows of tokens -------------------------------------------------------------------
+# Where prompts are shared, the responses of a row are to one problem and go on from one copy of its prompt,
+# the prefix, which attention shows to all of them: computing it once saves 15 to 38 % of a GRPO step on a
+# CPU. The GPU's attention kernel knows no prefix, so there each response follows a prompt of its own.
 
 
 def shares_prompts(device) -> bool:
@@ -436,8 +433,7 @@ def micro_batches(samples: list[Sample], args, world: World) -> list[MicroBatch]
     return [collate(part, world.device) for part in parts + [[]] * (most - len(parts))]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Updates
+# ---- Updates -----------------------------------------------------------------------------------------------
 
 
 def log_probs(model: Llama, b: MicroBatch, temperature: float) -> Tensor:
@@ -512,8 +508,7 @@ def update_metrics(sums: dict[str, float], norms: list[float], args, world: Worl
     return metrics | {"grad_norm": sum(finite) / len(finite) if finite else None}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A run
+# ---- A run -------------------------------------------------------------------------------------------------
 
 EVALUATED = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
 
@@ -616,8 +611,7 @@ def write_rollouts(path: str, samples: list[Sample], problems: list[dict], world
         files.write_jsonl(path, rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Below: what a run needs: its starting point, its problems, the command line
+# ---- Below: what a run needs: its starting point, its problems, the command line ---------------------------
 
 
 def starting_point(args) -> tuple[str, str]:
@@ -672,8 +666,7 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
     return kept, held_out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ------------------------------------------------------------------------------------------
 
 BRANCHES = ("base", "stable", "short", "long", "hybrid")
 TRAIN_PROBLEMS = 4000  # of the generated corpus

@@ -12,12 +12,10 @@ import midtrain
 import verify
 from data import files
 
-ORDER = ("base", "stable", "short", "long", "hybrid")
 # Okabe and Ito's, which colour-blind readers can tell apart
 COLOURS = {"base": "#999999", "stable": "#000000", "short": "#E69F00", "long": "#0072B2", "hybrid": "#009E73"}
 
-# ------------------------------------------------------------------------------------------------------------
-# Mid-training
+# ---- Mid-training ------------------------------------------------------------------------------------------
 
 
 def read_stages(out: str) -> dict[str, tuple[dict, list[dict]]]:
@@ -36,11 +34,10 @@ def stage_table(stages: dict) -> str:
         points = twentieths(rows)
         held = next((row for row in reversed(rows) if row.get("val_loss") is not None), None)
         val = f"{held['val_loss']:.3f} | {held['bits_per_byte']:.3f}" if held else "– | –"
-        seen = [f"{key[6:]} {share:.1%}" for key, share in rows[-1].items() if key.startswith("share/")]
+        seen = ", ".join(f"{k[6:]} {share:.1%}" for k, share in rows[-1].items() if k.startswith("share/"))
         tokens = len(rows) * settings["batch"] * settings["seq_len"]
         ends = f"{points[0][1]:.3f} | {points[-1][1]:.3f}"
-        seen = ", ".join(seen) or "not finished"
-        lines.append(f"| {stage} | {len(rows):,} | {tokens:,} | {ends} | {val} | {seen} |")
+        lines.append(f"| {stage} | {len(rows):,} | {tokens:,} | {ends} | {val} | {seen or 'not finished'} |")
     return "\n".join(lines)
 
 
@@ -73,15 +70,15 @@ def plot_stages(stages: dict, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# GRPO
+# ---- GRPO --------------------------------------------------------------------------------------------------
 
 
 def read_rl(out: str) -> dict[str, list[dict]]:
     """{start: the rows with evaluations} of the finished rl-* runs, in the order of the stages."""
     found = {}
     names = [path.parent.name[3:] for path in Path(out).glob("rl-*/metrics.jsonl")]
-    for name in sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else 99, name)):
+    order = list(COLOURS)
+    for name in sorted(names, key=lambda name: (order.index(name) if name in order else 99, name)):
         rows = midtrain.read_metrics(os.path.join(out, "rl-" + name, "metrics.jsonl"))
         rows = [row for row in rows if "eval_n" in row]
         if len(rows) > 1 and rows[-1]["step"] == rows[-1]["steps"]:
@@ -124,13 +121,11 @@ def seeds_table(outs: list[str], tables: list[list[dict]]) -> str:
     for rows in zip(*tables, strict=True):
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "start"}
         each = ", ".join(f"{100 * row['difference']:+.1f}" for row in rows)
-        spans = []
-        for key in ("before", "after"):
-            values = [row[key] for row in rows]
-            spans.append(f"{mean[key]:.1%} ({min(values):.1%} to {max(values):.1%})")
+        ends = {key: [row[key] for row in rows] for key in ("before", "after")}
+        before, after = (f"{mean[k]:.1%} ({min(x):.1%} to {max(x):.1%})" for k, x in ends.items())
         lengths = f"{mean['length_before']:.0f} | {mean['length_after']:.0f}"
         points = f"{100 * mean['difference']:+.1f} points"
-        lines.append(f"| {rows[0]['start']} | {spans[0]} | {spans[1]} | {points} | {each} | {lengths} |")
+        lines.append(f"| {rows[0]['start']} | {before} | {after} | {points} | {each} | {lengths} |")
     return "\n".join(lines)
 
 
@@ -161,8 +156,7 @@ def _figure(columns: int, size: tuple[float, float]):
     return plt.subplots(1, columns, figsize=size, layout="constrained")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ------------------------------------------------------------------------------------------
 
 
 def report_folder(out: str) -> list[dict]:
@@ -179,10 +173,9 @@ def report_folder(out: str) -> list[dict]:
 
 
 def publish(out: str, name: str, text: str, plot) -> None:
-    print(text)
     files.write_text(os.path.join(out, f"{name}.md"), text)
     plot(os.path.join(out, f"{name}.png"))
-    print(f"wrote {out}/{name}.md and {out}/{name}.png")
+    print(f"{text}\nwrote {out}/{name}.md and {out}/{name}.png")
 
 
 def main() -> None:

@@ -23,8 +23,7 @@ except ImportError:  # Windows: nothing keeps two programs out of one folder the
 
 Path = str | os.PathLike
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading and writing
+# ---- Reading and writing -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -159,8 +158,7 @@ def find_checkpoint(path: str) -> str:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Folders: one program at a time, and always with the same settings
+# ---- Folders: one program at a time, and always with the same settings -------------------------------------
 
 
 @contextlib.contextmanager
@@ -216,8 +214,7 @@ def check_same_settings(made: Path, old: dict, new: dict) -> None:
         raise ValueError(f"{made} was made with other settings ({changed}): use another --out")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Programs
+# ---- Programs ----------------------------------------------------------------------------------------------
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -94,8 +94,7 @@ class Loader:
                 yield name, batch
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The order
+# ---- The order ---------------------------------------------------------------------------------------------
 
 
 def block_counts(mixture: dict[str, float]) -> np.ndarray:
@@ -140,8 +139,7 @@ def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     return y
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The rows
+# ---- The rows ----------------------------------------------------------------------------------------------
 
 
 def _open_shards(folder: Path, mixture: dict, seq_len: int) -> tuple[list[Shard], list[Shard]]:

@@ -45,8 +45,7 @@ EMPTY, MARKED = "without a document", "marked as a benchmark's"  # why a row is 
 OVERLAP, REPEATED = f"sharing {GRAM} words with a benchmark", "seen before"
 _tools: dict = {}  # of this process, for tokenise(): {"tok": Tokenizer, "grams": Grams}
 
-# ------------------------------------------------------------------------------------------------------------
-# One source
+# ---- One source --------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -160,8 +159,7 @@ def _start_worker(folder: Path, problems: list[str]) -> None:
     _tools.update(tok=tokenizer.load(folder), grams=Grams(problems))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A folder of shards
+# ---- A folder of shards ------------------------------------------------------------------------------------
 
 
 def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, problems=(), workers=1) -> dict:
@@ -229,8 +227,7 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
     return prepare(out, sources, vocab_size, seq_len, settings)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows of files and of the hub
+# ---- Rows of files and of the hub --------------------------------------------------------------------------
 
 
 def source_rows(spec: SourceSpec, folder=Path(), count=lambda size: None) -> Iterator[tuple[str, dict]]:
@@ -320,8 +317,7 @@ def fingerprint(path: str) -> tuple[str, int]:
     return digest, int.from_bytes(end[-4:], "little") if path.endswith(".gz") else size  # modulo 4 GiB
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ------------------------------------------------------------------------------------------
 
 
 def own_source(text: str) -> tuple[str, SourceSpec]:

@@ -31,8 +31,7 @@ class SourceSpec(NamedTuple):
         return "text" if self.format == "text" else "document"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The paper's corpus (base = a released Llama, so there is no mixture for it)
+# ---- The paper's corpus (base = a released Llama, so there is no mixture for it) ---------------------------
 
 MEGAMATH = "LLM360/MegaMath"
 PAPER_SOURCES = {
@@ -97,8 +96,7 @@ REAL_SOURCES = {
 # No training text may contain one of their problems (13 words in a row), where they are in the data folder.
 EVALUATION_FILES = ("gsm8k/test.jsonl", "math/test.jsonl", "eval/*.jsonl")
 
-# ------------------------------------------------------------------------------------------------------------
-# All three corpora
+# ---- All three corpora -------------------------------------------------------------------------------------
 
 STAGES = {"paper": PAPER, "tiny": TINY, "real": REAL}
 CORPORA = {"paper": PAPER_SOURCES, "real": REAL_SOURCES}

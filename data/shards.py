@@ -29,8 +29,7 @@ MAGIC, VERSION, HEADER_BYTES = "octothinker-shard", 1, 4096
 AGAIN = "delete its folder and prepare again"
 OPEN_ROWS = 256  # rows that packing keeps open; more waste less padding and take longer to search
 
-# ------------------------------------------------------------------------------------------------------------
-# Reading a shard
+# ---- Reading a shard ---------------------------------------------------------------------------------------
 
 
 class Shard:
@@ -78,8 +77,7 @@ def _read_header(path: Path) -> dict:
         raise ValueError(f"{path} is truncated or damaged in its header: {AGAIN}") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Writing a shard
+# ---- Writing a shard ---------------------------------------------------------------------------------------
 
 
 def write_shard(path: Path, kind: str, documents: Iterable[np.ndarray], tok: Tokenizer, seq_len: int) -> dict:
@@ -144,8 +142,7 @@ def _row(parts: list[np.ndarray]) -> tuple[np.ndarray, list[int]]:
     return np.concatenate(parts), [0, *itertools.accumulate(len(part) for part in parts[:-1])]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A folder of shards
+# ---- A folder of shards ------------------------------------------------------------------------------------
 
 
 def read_index(folder: str | os.PathLike, check: bool = False) -> dict | None:

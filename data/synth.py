@@ -204,8 +204,7 @@ def _draw(rng: random.Random, level: int) -> Problem | None:
     return Problem(story.sentences, story.steps, structure, answer, question, story.thing, names[last])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Solutions: short chains of thought, long ones, and prose
+# ---- Solutions: short chains of thought, long ones, and prose ----------------------------------------------
 
 
 def equation(s: Step) -> str:
@@ -265,8 +264,7 @@ def long_thoughts(rng: random.Random, p: Problem, slip_rate: float = 0.1) -> str
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Documents
+# ---- Documents ---------------------------------------------------------------------------------------------
 
 
 def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:

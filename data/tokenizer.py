@@ -213,8 +213,7 @@ def _splitting(spec: dict | None) -> str:
     raise ValueError(f"a pre_tokenizer of {' + '.join(step['type'] for step in steps)} with these settings")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ----------------------------------------------------------------------------------------------
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
