@@ -25,9 +25,8 @@ The metrics, one row per step in metrics.jsonl (the line that is printed shows t
                        in nats, over all ranks and micro-batches together
     lr, grad_norm      learning rate of the step; global gradient norm before clipping at 1.0
     skipped            1 if loss or gradient was not finite (then null): the weights stay; five in a row stop
-    val_loss, bits_per_byte, and both with /SOURCE
-                       on held-out text, weighted like the mixture, every --eval-every steps and at the end;
-                       bits per byte of text do not depend on the tokenizer
+    val_loss, bits_per_byte, and both with /SOURCE     on held-out text, weighted like the mixture, every
+                       --eval-every steps and at the end; bits per byte do not depend on the tokenizer
     share/SOURCE       in the last row: the share of the sequences that came from each source
     tokens_per_s, mfu  over the step's own time, without evaluation, checkpoints and the first step; model
                        FLOPs over the peak of a known GPU
@@ -36,7 +35,6 @@ The metrics, one row per step in metrics.jsonl (the line that is printed shows t
 import argparse
 import contextlib
 import ctypes
-import io
 import json
 import math
 import os
@@ -487,8 +485,7 @@ def clean_exit():
     """Around a program that torchrun may have started: one error message, no rank that waits for a dead one.
 
     Several processes leave by os._exit: FSDP2 keeps gloo's threads alive after the group is destroyed, and
-    one that still holds a tensor aborts the process while the interpreter goes down (4 of 56 runs; PyTorch's
-    #179291).
+    one that still holds a tensor aborts the process at its end (4 of 56 runs; PyTorch's #179291).
     """
     code = 0
     try:
@@ -890,11 +887,9 @@ def parse_args():
     for name, (kind, _, text) in FLAGS.items():
         p.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
     p.add_argument("--compile", action="store_true", help="torch.compile each block: faster on GPUs")
-    p.add_argument("--activation-checkpointing", action="store_true", help="recompute activations in the "
-                   "backward pass: less memory, about a third slower")
+    p.add_argument("--activation-checkpointing", action="store_true", help="recompute them: less memory")
     p.add_argument("--plan", action="store_true", help="print size, cost and GPU memory of the stage")
-    with contextlib.redirect_stderr(sys.stderr if files.is_rank0() else io.StringIO()):
-        args = p.parse_args()
+    args = p.parse_args()
     if not args.branch:
         raise ValueError(f"--branch is needed: one of {', '.join(RECIPE)}")
     run = RUNS[args.preset]

@@ -30,8 +30,7 @@ makes a value network unnecessary; then one or more clipped policy-gradient upda
 The metrics, one row per step in metrics.jsonl:
 
     reward, accuracy     mean reward (+1 or -1, less what --overlong punish takes); share of correct responses
-    length, length_correct, length_wrong
-                         mean length in tokens of all, of correct and of wrong responses
+    length, length_*     mean length in tokens of all, of correct and of wrong responses
     truncated, cap       share of responses cut at the length cap (the others stopped by themselves); the cap
     no_signal            share of responses whose group has equal rewards: they teach nothing
     problems             problems of the step: more than --prompts-per-step if --filter refill asked again
@@ -44,18 +43,14 @@ The metrics, one row per step in metrics.jsonl:
     lr, grad_norm, skipped, trained_tokens
                          learning rate; gradient norm before clipping at 1.0; updates left out because it was
                          not finite; response tokens that got a forward pass
-    time_*, share_rollout, *_tokens_per_s
-                         seconds and speed of the two halves of a step, rollout and update, and of evaluations
+    time_*, share_rollout, *_tokens_per_s        seconds and speed of rollout, update and evaluation
     eval_*               the same on eval_n held-out problems, greedy, with the template and cap of training
 """
 
-import contextlib
 import hashlib
-import io
 import math
 import numbers
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -620,10 +615,10 @@ def starting_point(args) -> tuple[str, str]:
         found = midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt))
         return found, "rl-" + os.path.basename(os.path.normpath(args.ckpt))
     stage = os.path.join(args.out, args.branch)
-    if not midtrain.on_rank0(lambda: midtrain.is_finished(stage)):
-        how = f"python midtrain.py --branch {args.branch} --preset {args.preset} --out {args.out}"
-        raise FileNotFoundError(f"{stage} is not a finished stage to start from; make it with: {how}")
-    return midtrain.on_rank0(lambda: files.latest_checkpoint(stage)), "rl-" + args.branch
+    if midtrain.on_rank0(lambda: midtrain.is_finished(stage)):
+        return midtrain.on_rank0(lambda: files.latest_checkpoint(stage)), "rl-" + args.branch
+    how = f"python midtrain.py --branch {args.branch} --preset {args.preset} --out {args.out}"
+    raise FileNotFoundError(f"{stage} is not a finished stage to start from; make it with: {how}")
 
 
 def load_policy(source: str, args, world: World):
@@ -640,12 +635,10 @@ def load_policy(source: str, args, world: World):
 
 def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
     """(to train on, held out), with the prompts' ids as "tokens"; too long training prompts are left out."""
-    if args.prompts:
-        train = benchmarks.load_problems(args.prompts, args.data)
-    else:
-        train = synth.problems("train", TRAIN_PROBLEMS, args.seed)
+    train = benchmarks.load_problems(args.prompts, args.data) if args.prompts else []
+    train = train or synth.problems("train", TRAIN_PROBLEMS, args.seed)
     if args.eval:
-        held_out = benchmarks.load_problems(args.eval, args.data)[: args.eval_problems]
+        held_out = benchmarks.load_problems(args.eval, args.data, args.eval_problems)
     elif args.prompts:  # a tenth of the file at most
         k = min(args.eval_problems, max(1, len(train) // 10))
         train, held_out = train[:-k], train[-k:]
@@ -703,11 +696,9 @@ VARIANTS = {
     "is_cap": (0.0, "cap of truncated importance weights for the gap (2; 0: off)"),
     "kl_coef": (0.0, "pull towards the starting point (0: it is not loaded)"),
     "kl": (("k3", "k1", "k2"), "see kl_estimate()"),
-    "filter": (("none", "drop", "refill"), "groups of equal rewards: drop does not count them, refill takes "
-               "other problems in their place (DAPO)"),
+    "filter": (("none", "drop", "refill"), "do not count groups of equal rewards, or replace them (DAPO)"),
     "refills": (4, "times to take other problems at most in a step"),
-    "overlong": (("keep", "mask", "punish"), "mask: truncated responses do not count; punish: responses near "
-                 "the cap lose up to 1 of their reward (DAPO)"),
+    "overlong": (("keep", "mask", "punish"), "do not count truncated responses, or take 1 off (DAPO)"),
     "log_every": (1, "steps between lines; metrics.jsonl has every step"),
 }
 # Flags that may differ when a run goes on: the results so far do not depend on them
@@ -737,8 +728,7 @@ def parse_args():
     for name, (ours, paper, text) in SIZES.items():
         text = f"{text} (tiny {ours}, paper {paper})"
         p.add_argument("--" + name.replace("_", "-"), type=type(ours), metavar="X", help=text)
-    with contextlib.redirect_stderr(sys.stderr if files.is_rank0() else io.StringIO()):
-        args = p.parse_args()
+    args = p.parse_args()
     for name, row in SIZES.items():
         if getattr(args, name) is None:
             setattr(args, name, row[PRESETS[args.preset]])
@@ -753,12 +743,13 @@ def check_args(args) -> None:
     if (args.branch is None) == (args.ckpt is None):
         raise ValueError(f"where to start? Give one of --branch {'|'.join(BRANCHES)} and --ckpt DIR")
     parse_schedule(args.length_schedule)
-    for name in ("log_every", "threads", *SIZES):
-        if isinstance(getattr(args, name), int) and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    for name in ("seed", "refills", "clip_low", "clip_high", "dual_clip", "is_cap", "kl_coef"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must not be negative")
+    positive, others = ("log_every", "threads", *SIZES), ("seed", *VARIANTS)
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value} must"
+        if name in positive and isinstance(value, int) and value < 1:
+            raise ValueError(f"{flag} be at least 1")
+        if name in others and isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{flag} not be negative")
     if 0 < args.dual_clip <= 1:
         raise ValueError(f"--dual-clip {args.dual_clip} leaves bad responses no gradient: give 3, or 0")
     if args.dual_clip and args.surrogate == "cispo":

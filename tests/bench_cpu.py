@@ -2,12 +2,13 @@
 
     python tests/bench_cpu.py [steps]
 
-Training and sampling in fp32 and bf16, learning in both and from other first weights, attention by blocks, the
-verifier. Seconds are CPU seconds of the process, arms interleaved, the best of three rounds: a busy machine
-disturbs them least.
+Training and sampling in fp32 and bf16, learning in both and from other first weights, attention by blocks,
+the verifier. Seconds are CPU seconds of the process, arms interleaved, the best of three rounds: a busy
+machine disturbs them least.
 
-Backward passes by hand were measured, and are not there: they saved too little. Of a whole training step (8 x 256
-tokens, AVX512-BF16, torch 2.13; median of 20 to 30 interleaved rounds of 4 steps, ± 1 %), the time more without
+Backward passes by hand were measured, and are not there: they saved too little. Of a whole training step (8 x
+256 tokens, AVX512-BF16, torch 2.13; median of 20 to 30 interleaved rounds of 4 steps, ± 1 %), the time more
+without
 
 | what | fp32 | bf16 |
 |---|---|---|
