@@ -38,8 +38,7 @@ try:
 except ImportError:  # macOS, Windows: the kernels are functions that nobody calls
     triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
 
-# ------------------------------------------------------------------------------------------------------------
-# Configuration and presets
+# ---- Configuration and presets -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,7 @@ PRESETS = {
     "8b": LlamaConfig(128_256, 32, 4096, 32, 8, 128, 14_336, tie_embeddings=False, **_LLAMA_31),
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# The operations (RMSNorm, rotary embedding, attention), then the modules (Attention, MLP, Block, Llama)
+# ---- The operations: RMSNorm, rotary embedding, attention; then the modules, Attention to Llama ------------
 
 KERNEL_DEVICES = {"cuda"} if triton else set()  # emptied, a GPU runs the plain PyTorch too
 LOGITS_BUDGET = 1 << 25  # logits at once, without kernels: 128 MiB, 261 tokens of Llama 3's vocabulary
@@ -110,8 +108,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
         return y, x if residual is None else s
     s = x if residual is None else residual + x
     s32 = s.float()
-    mean_square = (s32 * s32).sum(-1, keepdim=True) / s.shape[-1]  # the backward of mean() is slower
-    return (s32 * (mean_square + eps).rsqrt() * weight).to(s.dtype), s
+    return (s32 * ((s32 * s32).mean(-1, keepdim=True) + eps).rsqrt() * weight).to(s.dtype), s
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -270,9 +267,8 @@ class Llama(nn.Module):
         """Random weights, a function of the seed: see initialise()."""
         return initialise(self, seed)
 
-    def forward(
-        self, tokens, targets=None, doc_start=None, temperature=1.0, cache=None, reduction="none", prefix=None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, tokens, targets=None, doc_start=None, temperature=1.0, cache=None, reduction="none",
+                prefix=None) -> Tensor | tuple[Tensor, Tensor]:
         """tokens (B, T) int64 → logits (B, T, vocab) in fp32; with targets (B, T) → their nll().
 
         doc_start (B, T), None for one document per row; prefix (B,): so many tokens at the start of a row
@@ -338,18 +334,19 @@ class Llama(nn.Module):
     @staticmethod
     def from_pretrained(path: str) -> "Llama":
         """The model in a folder with config.json and *.safetensors; weights keep their stored dtype."""
-        return read_model(path)
+        with torch.device("meta"):
+            model = Llama(config_from_hf(read_json(os.path.join(path, "config.json"))))
+        model.load_state_dict(dict(read_weights(path, model)), assign=True)
+        model.init_rope()
+        return model
 
     def save_pretrained(self, path: str, state: dict[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors. state: full tensors, if the model holds shards of them."""
         write_model(path, self.config, self.state_dict() if state is None else state)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Below: faster, and elsewhere
-
-# ------------------------------------------------------------------------------------------------------------
-# KV cache
+# ---- Below: faster, and elsewhere --------------------------------------------------------------------------
+# ---- KV cache ----------------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -367,8 +364,7 @@ class KVCache:
         self.paged, self.block_len = block_len is not None, block_len or max_len
         n = -(-max_len // self.block_len)
         shape = (config.num_layers, blocks or slots * n, config.num_kv_heads, self.block_len, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         own = torch.arange(slots, dtype=torch.int32, device=device)[:, None]
         self.table = torch.zeros(slots, n, dtype=torch.int32, device=device) if self.paged else own
@@ -383,10 +379,6 @@ class KVCache:
         """Tokens start..stop-1 of block `src` of `source` become the first of `block`."""
         for mine, theirs in ((self.k, source.k), (self.v, source.v)):
             mine[:, block, :, : stop - start] = theirs[:, src, :, start:stop].to(mine.device)
-
-    def read(self, blocks: list[int], length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` tokens in these blocks: k and v (num_layers, num_kv_heads, length, head_dim)."""
-        return tuple(x[:, blocks].transpose(1, 2).flatten(2, 3)[:, :, :length] for x in (self.k, self.v))
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (B, T, K, D) of slots 0..B-1 at positions (B, T)."""
@@ -436,9 +428,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Te
     return (probs.to(v.dtype) @ v).view(R, H, D)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Attention by blocks of queries, on a CPU
-#
+# ---- Attention by blocks of queries, on a CPU --------------------------------------------------------------
 # torch's fused kernel visits all keys where there is a mask. Here a block of queries meets only the keys
 # between the first that one of them sees and the last, and the row's common prefix. Without it a training
 # step of the tiny preset takes 10 % longer in fp32 and 48 % in bf16 (tests/bench_cpu.py). In bf16, scores and
@@ -469,22 +459,17 @@ def _ranges(x: Tensor, ranges: list[tuple[int, int]], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The kernels (CUDA). Tests hold each equal to the plain PyTorch that it stands in for.
-#
+# ---- The kernels (CUDA). Tests hold each equal to the plain PyTorch that it stands in for ------------------
 # A Triton program computes one tile of the output. What costs time is main memory: while one byte comes from
-# there, an H200 does some 200 bf16 operations. So what was loaded is used for all that needs it, while it is
-# in registers. Sums are in fp32 (but one, said where it is), in an order that depends on shapes alone,
-# without atomics: the same input gives the same bits. What changes from step to step (lengths of documents,
-# rows in a cache) is read from tensors, so nothing is compiled twice. Each kernel sits in a
-# torch.library.triton_op: torch.compile looks into it, autograd knows its backward, no output aliases an
-# input. TRITON_INTERPRET=1 runs them on a CPU, for tests, where tiles are cast to fp32: its bf16 is wrong.
+# there, an H200 does some 200 bf16 operations. So what is loaded serves all that needs it while in registers.
+# Sums are in fp32 (but one, said where it is), in an order set by shapes alone, without atomics: the same
+# input, the same bits. What changes by the step (document lengths, rows in a cache) is read from tensors:
+# nothing is compiled twice. Each is a triton_op: torch.compile sees inside, autograd has its backward, no
+# output aliases an input. TRITON_INTERPRET=1 runs them on a CPU for tests (in fp32: its bf16 is wrong).
 
 # Without a GPU the operators are never called, and registering them takes torch a second of import time.
-REGISTERED = triton and (
-    torch.cuda.is_available() or "1" in (os.environ.get("TRITON_INTERPRET"), os.environ.get("OCTO_KERNELS"))
-)
-
+_asked_for = {os.environ.get("TRITON_INTERPRET"), os.environ.get("OCTO_KERNELS")}
+REGISTERED = triton and (torch.cuda.is_available() or "1" in _asked_for)
 _jit = triton.jit if triton else lambda function: function
 _op = partial(triton_op, mutates_args={}) if REGISTERED else lambda name: lambda function: function
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -529,7 +514,7 @@ def _rows_per_program(width: int) -> dict:
     return dict(BLOCK_R=max(1, 4096 // block), BLOCK_N=block, num_warps=4 if block < 2048 else 8)
 
 
-# -------------------------------------------------------------------------------------------------- RMSNorm
+# ---- RMSNorm -----------------------------------------------------------------------------------------------
 # y = w x r,  r = 1 / sqrt(mean(x^2) + eps),  where x is the residual stream with a layer's output just added.
 # Unfused, the addition reads two tensors and writes one, and the norm reads that one and writes y. Here x is
 # still in registers when it is normalised: 4 tensors go through memory and not 5, nor any fp32 copy.
@@ -588,31 +573,26 @@ def _rms_norm_backward(
 
 
 @_op("octo::rms_norm")
-def _rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor,
+              eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """norm(x + residual); x + residual, or nothing without one; 1 / rms (rows,) in fp32."""
     x, weight, N = x.contiguous(), weight.contiguous(), x.shape[-1]
     rows, y, rstd = x.numel() // N, torch.empty_like(x), x.new_empty(x.numel() // N, dtype=torch.float32)
-    add = residual is not None
+    meta, add = _rows_per_program(N), residual is not None
     total, residual = (torch.empty_like(x), residual.contiguous()) if add else (x.new_empty(0), x)
-    meta = _rows_per_program(N)
-    _wrap(_rms_norm_forward)[(triton.cdiv(rows, meta["BLOCK_R"]),)](
-        x, residual, weight, y, total if add else y, rstd, rows, N=N, EPS=eps, ADD=add, **meta
-    )
+    forward = _wrap(_rms_norm_forward)[(triton.cdiv(rows, meta["BLOCK_R"]),)]
+    forward(x, residual, weight, y, total if add else y, rstd, rows, N=N, EPS=eps, ADD=add, **meta)
     return y, total, rstd
 
 
 @_op("octo::rms_norm_backward")
-def _rms_norm_grad(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def _rms_norm_grad(dy: Tensor, dsum: Tensor | None, x: Tensor, rstd: Tensor,
+                   weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients to x (and to the residual the same) and to the weight, of those to norm and sum."""
     x, dy, weight, N = x.contiguous(), dy.contiguous(), weight.contiguous(), x.shape[-1]
     rows, dx, meta, add = rstd.numel(), torch.empty_like(x), _rows_per_program(N), dsum is not None
     programs = min(RMS_PROGRAMS, triton.cdiv(rows, meta["BLOCK_R"]))
-    dw = x.new_empty(programs, N, dtype=torch.float32)
-    dsum = dsum.contiguous() if add else dy
+    dw, dsum = x.new_empty(programs, N, dtype=torch.float32), dsum.contiguous() if add else dy
     _wrap(_rms_norm_backward)[(programs,)](dy, dsum, x, rstd, weight, dx, dw, rows, N=N, ADD=add, **meta)
     return dx, dw.sum(0).to(weight.dtype)
 
@@ -630,7 +610,7 @@ def _rms_norm_autograd(ctx, dy, dsum, _):
     return dx, dx if ctx.add else None, dw, None
 
 
-# ------------------------------------------------------------------------------------------------ Attention
+# ---- Attention ---------------------------------------------------------------------------------------------
 # FlashAttention-2 (Dao 2023) over packed documents. For one query i, over the keys doc_start_i <= j <= i,
 #     s_ij = q_i k_j / sqrt(D)    L_i = log sum_j exp(s_ij)    p_ij = exp(s_ij - L_i)    o_i = sum_j p_ij v_j.
 # The T x T scores never reach memory. A program holds a tile of queries, goes through tiles of keys and
@@ -645,11 +625,10 @@ def _rms_norm_autograd(ctx, dy, dsum, _):
 # keys, and one with a tile of keys that goes through the queries of all heads that share them. Both compute s
 # and dp: 7 products where one kernel would need 5, but would add to dq from many programs, in any order.
 #
-# A program reads all keys and values that its queries see, so with BLOCK_M queries they are read T / BLOCK_M
-# times in all (mostly from the second-level cache: the heads that share them run side by side). More queries,
-# fewer reads, until accumulators no longer fit in registers. Tiles outside the document are never visited,
-# those within it need no mask; those on a boundary or on the diagonal do, and come first, in a loop of their
-# own. The programs with most tiles start first, so that the last to end are short.
+# A program reads all keys and values that its queries see: each T / BLOCK_M times in all, mostly from the
+# second-level cache, as heads that share them run side by side. More queries, fewer reads, until accumulators
+# outgrow the registers. Tiles outside the document are never visited; those on a boundary or the diagonal
+# need a mask and come first, in a loop of their own. Long programs start first: the last to end are short.
 
 
 @_jit
@@ -859,8 +838,7 @@ def _attention_dkdv(
 def _attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D), k, v (B, T, K, D), doc_start (B, T) → o as q, log-sum-exp of scores (B, H, T), fp32."""
     q, k, v, doc_start = q.contiguous(), k.contiguous(), v.contiguous(), doc_start.contiguous()
-    B, T, H, D = q.shape
-    K = k.shape[2]
+    (B, T, H, D), K = q.shape, k.shape[2]
     assert B * K < 65_536, f"{B} rows x {K} KV heads: more than a launch's second axis holds"
     o, lse, meta = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32), tile("forward", D, q.dtype)
     grid = (triton.cdiv(T, meta["BLOCK_M"]) * (H // K), B * K)
@@ -869,12 +847,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor) -> tuple[Tens
 
 
 @_op("octo::attention_backward")
-def _attention_grad(
-    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, o: Tensor, lse: Tensor, do: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_grad(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, o: Tensor, lse: Tensor,
+                    do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, do, doc_start = (x.contiguous() for x in (q, k, v, do, doc_start))
-    B, T, H, D = q.shape
-    K = k.shape[2]
+    (B, T, H, D), K = q.shape, k.shape[2]
     dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
     meta = tile("dq", D, q.dtype)
     grid = (triton.cdiv(T, meta["BLOCK_M"]) * (H // K), B * K)
@@ -894,22 +870,19 @@ def _attention_context(ctx, inputs, output):
 
 
 def _attention_autograd(ctx, do, _):
-    q, k, v, doc_start, o, lse = ctx.saved_tensors
-    return *torch.ops.octo.attention_backward(q, k, v, doc_start, o, lse, do), None
+    return *torch.ops.octo.attention_backward(*ctx.saved_tensors, do), None
 
 
-# ----------------------------------------------------------------------------------------- Decode attention
+# ---- Decode attention --------------------------------------------------------------------------------------
 # One new query per row against everything in its cache. Each key and value is used by G query heads and then
 # not again, so the time is at least that of reading the cache once; the G heads are in one program: it is no
 # more. A few long rows would leave most of the chip idle, so a row is cut in pieces of DECODE_SPLIT tokens,
 # each a program, which gives its own weighted mean o_s and log-sum-exp L_s. A second kernel merges them:
 #     o = sum_s exp(L_s - L) o_s,    L = log sum_s exp(L_s).
-# Pieces have a fixed length: if there were as many as fill the chip, other rows would change a row's
-# rounding. The grid covers the longest row that the table can hold, so that no length is read back from the
-# GPU; programs past a row's end return at once.
+# Pieces have a fixed length: cut to fill the chip, other rows would change a row's rounding. The grid covers
+# the longest row the table can hold, so no length is read back; programs past a row's end return at once.
 
-DECODE_SPLIT = 512
-DECODE_TILE = (64, 4, 3)  # BLOCK_N, num_warps, num_stages
+DECODE_SPLIT, DECODE_TILE = 512, (64, 4, 3)  # tokens in a piece; BLOCK_N, num_warps, num_stages
 
 
 @_jit
@@ -1000,18 +973,16 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: T
     return out
 
 
-# ---------------------------------------------------------------------------- Cross-entropy with projection
+# ---- Cross-entropy with projection -------------------------------------------------------------------------
 # nll_i = log sum_v exp(z_iv) - z_iy,  z = h W^T / temperature,  y the target. With 128,256 words the logits
 # of 8,192 tokens are 2 GiB in bf16, and PyTorch also holds them in fp32, with their softmax: 8 GiB more. Here
 # they exist for one chunk of tokens at a time. One kernel reads a chunk once and leaves nll_i and the
 # log-sum-exp L_i; one overwrites it by its gradient. With g_i that of nll_i,
 #     dz_iv = g_i (exp(z_iv - L_i) - [v = y_i]) / temperature,   dh = dz W,   dW = sum of dz^T h over chunks.
-# The products are left to cuBLAS: plain matrix products are what libraries are best at.
-#
-# When is the gradient made? For a loss, a sum over tokens, every g_i is the same number, so the gradient for
-# g = 1 is made while the chunk is there, and multiplied later: 3 products. If g_i differ and are known only
-# afterwards (log-probabilities, in GRPO), the logits are made once more in the backward: 4 products. There
-# chunks can be of words and not of tokens, as L_i is known.
+# The products are left to cuBLAS: libraries are best at plain matrix products. For a loss, a sum over tokens,
+# every g_i is the same number, so the gradient for g = 1 is made while the chunk is there, and multiplied
+# later: 3 products. If g_i differ and are known only afterwards (log-probabilities, in GRPO), the logits are
+# made once more in the backward: 4 products. There chunks can be of words and not of tokens, as L_i is known.
 
 CHUNK_NUMBERS = 1 << 28  # logits at a time: 512 MiB in bf16, 2,093 tokens of Llama 3's vocabulary
 _NLL_BLOCK = dict(BLOCK=4096, num_warps=8)
@@ -1071,9 +1042,8 @@ def _linear_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
 
 
 @_op("octo::linear_nll_backward")
-def _linear_nll_grad(
-    h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def _linear_nll_grad(h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, grad: Tensor,
+                     temperature: float) -> tuple[Tensor, Tensor]:
     """Gradients to h and weight; grad (N,): to the losses. By chunks of words: a row of dW is made once."""
     targets, lse, grad, N = targets.contiguous(), lse.contiguous(), grad.contiguous(), h.shape[0]
     dh, dw = h.new_zeros(h.shape, dtype=torch.float32), torch.empty_like(weight)
@@ -1087,9 +1057,8 @@ def _linear_nll_grad(
 
 
 @_op("octo::linear_nll_sum")
-def _linear_nll_sum(
-    h: Tensor, weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _linear_nll_sum(h: Tensor, weight: Tensor, targets: Tensor,
+                    temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum of the negative log-likelihoods (), each of them (N,), the sum's gradients to h and weight."""
     targets, N, V = targets.contiguous(), h.shape[0], weight.shape[0]
     nll, lse = h.new_empty(N, dtype=torch.float32), h.new_empty(N, dtype=torch.float32)
@@ -1147,8 +1116,7 @@ if REGISTERED:
     _linear_nll.register_autograd(_linear_nll_autograd, setup_context=_linear_nll_context)
     _linear_nll_sum.register_autograd(_linear_nll_sum_autograd, setup_context=_linear_nll_sum_context)
 
-# ------------------------------------------------------------------------------------------------------------
-# Weights: initialised; Hugging Face checkpoints in and out
+# ---- Weights: initialised; Hugging Face checkpoints in and out ---------------------------------------------
 
 
 @torch.no_grad()
@@ -1176,16 +1144,11 @@ _HF_NAMES = {
 }
 # Our name, Hugging Face's, and what a config.json without it means: None is an error, 0 follows from others.
 _HF_CONFIG = (
-    ("vocab_size", "vocab_size", None),
-    ("num_layers", "num_hidden_layers", None),
-    ("hidden_size", "hidden_size", None),
-    ("num_heads", "num_attention_heads", None),
-    ("num_kv_heads", "num_key_value_heads", 0),
-    ("head_dim", "head_dim", 0),
-    ("intermediate_size", "intermediate_size", None),
-    ("rope_theta", "rope_theta", 10_000.0),
-    ("rms_norm_eps", "rms_norm_eps", 1e-6),
-    ("tie_embeddings", "tie_word_embeddings", False),
+    ("vocab_size", "vocab_size", None), ("num_layers", "num_hidden_layers", None),
+    ("hidden_size", "hidden_size", None), ("num_heads", "num_attention_heads", None),
+    ("num_kv_heads", "num_key_value_heads", 0), ("head_dim", "head_dim", 0),
+    ("intermediate_size", "intermediate_size", None), ("rope_theta", "rope_theta", 10_000.0),
+    ("rms_norm_eps", "rms_norm_eps", 1e-6), ("tie_embeddings", "tie_word_embeddings", False),
     ("max_position", "max_position_embeddings", 2048),
 )
 
@@ -1193,10 +1156,9 @@ _HF_CONFIG = (
 def hf_name(name: str) -> str:
     """Our name of a tensor → theirs: blocks.3.attn.q.weight → model.layers.3.self_attn.q_proj.weight."""
     module, kind = name.rsplit(".", 1)  # kind: weight, or bias
-    if module in _HF_NAMES:
-        return f"{_HF_NAMES[module]}.{kind}"
-    _, layer, module = module.split(".", 2)
-    return f"model.layers.{layer}.{_HF_NAMES[module]}.{kind}"
+    *layer, module = module.split(".", 2)  # of a block: ["blocks", "3"], "attn.q"
+    block = f"model.layers.{layer[1]}." if layer else ""
+    return f"{block}{_HF_NAMES[module]}.{kind}"
 
 
 def config_from_hf(hf: dict) -> LlamaConfig:
@@ -1237,21 +1199,19 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
     return family | shape | {"rope_scaling": scaling, "hidden_act": "silu", "torch_dtype": dtype}
 
 
-def read_weights(path: str, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of a checkpoint folder, one after the other: every one expected, and no other.
+def read_weights(path: str, model: Llama) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) of a checkpoint folder, one after the other: every one of model's, and no other.
 
-    ValueError, naming the tensor, if one is missing, unknown or of another shape than config's.
+    ValueError, naming the tensor, if one is missing, unknown or of another shape than the model's.
     """
     from safetensors import SafetensorError, safe_open
-
-    with torch.device("meta"):
-        expected = {hf_name(k): (k, tuple(v.shape)) for k, v in Llama(config).state_dict().items()}
+    expected = {hf_name(k): (k, tuple(v.shape)) for k, v in model.named_parameters()}
     missing = set(expected)
     for file in sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors")):
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
-                    if name == "lm_head.weight" and config.tie_embeddings:
+                    if name == "lm_head.weight" and model.config.tie_embeddings:
                         continue  # some exporters write the tied matrix twice
                     if name not in expected:
                         raise ValueError(f"{file} has tensor {name}, which this Llama does not have")
@@ -1271,7 +1231,6 @@ def assign(p: Tensor, value: Tensor) -> None:
     """p ← value in p's dtype; under FSDP2, where every rank has the same value, this rank's part of it."""
     if hasattr(p, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor  # half a second
-
         value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     p.copy_(value)
 
@@ -1282,24 +1241,13 @@ def load_pretrained(model: Llama, path: str) -> None:
     Called by every rank, which reads one tensor at a time and keeps its part: no second copy of the model.
     """
     parameters = dict(model.named_parameters())
-    for name, tensor in read_weights(path, model.config):
+    for name, tensor in read_weights(path, model):
         assign(parameters[name], tensor)
-
-
-def read_model(path: str) -> Llama:
-    """Llama.from_pretrained()."""
-    config = config_from_hf(read_json(os.path.join(path, "config.json")))
-    with torch.device("meta"):
-        model = Llama(config)
-    model.load_state_dict(dict(read_weights(path, config)), assign=True)
-    model.init_rope()
-    return model
 
 
 def write_model(path: str, config: LlamaConfig, state: dict[str, Tensor]) -> None:
     """Llama.save_pretrained()."""
     from safetensors.torch import save_file
-
     os.makedirs(path, exist_ok=True)
     weights = {hf_name(k): v.detach().cpu().contiguous() for k, v in state.items()}
     save_file(weights, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})

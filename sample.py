@@ -49,8 +49,7 @@ class Completion:
     finish_reason: str  # "stop" | "length"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sampling parameters, random numbers, when to stop
+# ---- Sampling parameters, random numbers, when to stop -----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,10 +116,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class Stop:
-    """Token ids and strings that end a completion. A string may begin and end inside a token or a character.
-
-    `look` (V,) bool marks the tokens after which ends() can be true.
-    """
+    """Token ids and strings that end a completion. A string may begin and end inside a token or character."""
 
     def __init__(self, stop: Sequence[int | str], tokenizer, vocab_size: int, device):
         self.tokenizer = tokenizer
@@ -135,7 +131,8 @@ class Stop:
         self.pieces = [tokenizer.decode_bytes([i]) if self.strings else b"" for i in range(vocab_size)]
         tails = tuple(s[i:] for s in self.strings for i in range(len(s)))  # what completes s begins with one
         ends = [piece.startswith(tails) or any(s in piece for s in self.strings) for piece in self.pieces]
-        self.look = torch.tensor([ends[i] or i in self.ids for i in range(vocab_size)], device=device)
+        look = [ends[i] or i in self.ids for i in range(vocab_size)]
+        self.look = torch.tensor(look, device=device)  # (V,): the tokens after which ends() can be true
         self.window = max(map(len, self.strings), default=0)  # in tokens, each of which has at least one byte
 
     def ends(self, tokens: list[int]) -> bool:
@@ -157,8 +154,7 @@ class Stop:
         return data[: len(data) - held]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The rollout: prefill a group's prompt once, decode a token for all rows, retire what ended, refill the slots
+# ---- The rollout: prefill a prompt once, decode a token for all rows, retire what ended, refill the slots --
 
 
 @dataclass
@@ -202,12 +198,10 @@ class DenseCache:
             self.kv.lengths = old.lengths
         return True
 
-    def move(self, row: Row, last: int, slot: int) -> None:
-        """Move a row from the last slot to another."""
-        self.kv.copy(self.kv, last, 0, row.cached, slot)
-
-    def release(self, row: Row) -> None:
-        """Take back the room of a row."""
+    def remove(self, rows: list[Row], slot: int) -> None:
+        """Take back the room of the row in a slot; the row of the last slot moves there."""
+        if slot < (last := len(rows) - 1):
+            self.kv.copy(self.kv, last, 0, rows[last].cached, slot)
 
 
 class Rollout:
@@ -229,7 +223,7 @@ class Rollout:
             self.logprobs, self.column = torch.zeros(self.slots, LOOK_EVERY), self.state.new_zeros(1)
         self.last, self.count, self.limit, self.key = self.state  # the last token, how many, at most; stream
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
-        self.use_graphs = self.device.type == "cuda" and not fsdp_modules(model)
+        self.use_graphs = self.device.type == "cuda" and not hasattr(model, "unshard")  # a method of FSDP2
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -324,12 +318,11 @@ class Rollout:
 
     def _remove(self, slot: int) -> None:
         """Take a row out of its slot and close the hole with the last row."""
-        self.cache.release(self.rows[slot])
-        self.rows[slot], last, lengths = self.rows[-1], len(self.rows) - 1, self.cache.kv.lengths
-        row = self.rows.pop()
-        if last != slot:
-            self.cache.move(row, last, slot)
-            self.state[:, slot], lengths[slot], self.ended[slot] = self.state[:, last], lengths[last], False
+        self.cache.remove(self.rows, slot)
+        last, lengths = len(self.rows) - 1, self.cache.kv.lengths
+        self.rows[slot] = self.rows[last]
+        self.rows.pop()
+        self.state[:, slot], lengths[slot], self.ended[slot] = self.state[:, last], lengths[last], False
         self.count[last], lengths[last], self.ended[last] = 0, 0, True
 
     def preempt(self) -> None:
@@ -418,8 +411,7 @@ class Sampler:
         return self.stops[stop]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Below: a paged cache, CUDA graphs, FSDP, loading, the command line
+# ---- Below: a paged cache, CUDA graphs, FSDP, loading, the command line ------------------------------------
 
 BLOCK_LEN = 64  # tokens per block of a paged cache, which is what a GPU gets
 GPU_SHARE = 0.9  # of the GPU's free memory that the cache may take
@@ -456,8 +448,7 @@ class PagedCache:
     """What DenseCache does, in blocks that rows take as they grow (vLLM, Kwon et al. 2023).
 
     The rows of a group share the whole blocks of their prompt. A preempted row frees all of its blocks; when
-    there is room, its keys and values are computed again (recompute preemption). In fp32 it samples the same
-    tokens as without; in bf16 the rounding of another shape may change them.
+    there is room, its keys and values are computed again (recompute preemption), in bf16 rounded differently.
     """
 
     def __init__(self, model: Llama, slots: int, longest: int, block_len: int, blocks: int):
@@ -496,11 +487,8 @@ class PagedCache:
         self.kv.table.copy_(torch.from_numpy(table))
         return True
 
-    def move(self, row: Row, last: int, slot: int) -> None:
-        pass  # reserve() writes the whole table
-
-    def release(self, row: Row) -> None:
-        self.allocator.free(row.blocks)
+    def remove(self, rows: list[Row], slot: int) -> None:
+        self.allocator.free(rows[slot].blocks)  # nothing moves: reserve() writes the whole table
 
     def _recompute(self, row: Row) -> tuple[KVCache, int]:
         """The keys and values that a preempted row had, in a dense cache of their own."""
@@ -524,10 +512,9 @@ def make_cache(sampler: Sampler, groups: list[list[Row]]) -> DenseCache | PagedC
     model, size, c = sampler.model, sampler.block_len, sampler.model.config
     weight, rows = model.embed.weight, [row for group in groups for row in group]
     slots, longest = min(sampler.slots, len(rows)), max((len(r.prompt) + r.limit for r in rows), default=1)
-    if size is None:
-        size = BLOCK_LEN if weight.is_cuda else 0
-    if size == 0:
+    if size == 0 or size is None and not weight.is_cuda:
         return DenseCache(model, slots, max((len(r.prompt) for r in rows), default=0) + CACHE_CHUNK, longest)
+    size = size or BLOCK_LEN
     most = -(-longest // size)  # blocks of a row
     blocks = slots * (most + 1) + most  # one more per row, which admit() leaves free, and a prompt
     if sampler.cache_tokens is not None:
@@ -573,22 +560,16 @@ def sampling_mode(model: Llama):
     copy indices to the GPU in the middle of a step, which a CUDA graph cannot record, and forbid cumsum.
     """
     mode = torch.get_deterministic_debug_mode()
-    changed = [p for p in model.parameters() if p.ndim > 1 and p.dtype != model.compute_dtype]
-    masters = [p.data for p in changed]
+    masters = {p: p.data for p in model.parameters() if p.ndim > 1 and p.dtype != model.compute_dtype}
     try:
         torch.set_deterministic_debug_mode(0)
-        for p in changed:
+        for p in masters:
             p.data = p.data.to(model.compute_dtype)
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        for p, master in zip(changed, masters):
+        for p, master in masters.items():
             p.data = master
-
-
-def fsdp_modules(model: Llama) -> list:
-    """The modules that FSDP2 has sharded: it gives them this method."""
-    return [m for m in model.modules() if hasattr(m, "unshard")]
 
 
 @contextmanager
@@ -599,7 +580,7 @@ def unsharded(model: Llama):
     copy of the weights in the compute dtype. Other models are left alone. Enter it outside inference mode:
     the gathered tensors are used by the training that follows.
     """
-    modules = fsdp_modules(model)
+    modules = [m for m in model.modules() if hasattr(m, "unshard")]  # FSDP2 gives it to those it has sharded
     if not modules:
         yield
         return

@@ -37,21 +37,24 @@ The conventions, where people may differ:
     text              letters count, case does not (for words); a choice "C) 12" is "C"
 """
 
+import contextlib
 import functools
 import math
 import os
 import re
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from statistics import fmean
 
 import mpmath
+from tqdm import tqdm
 
-from data import files
+from data import benchmarks, files
+from data.prompts import STOP, TEMPLATES
 
-MAX_CHARS = 2_000  # of an answer; longer ones are only equal to themselves
-MAX_TOKENS = 800
+MAX_CHARS, MAX_TOKENS = 2_000, 800  # of an answer; longer ones are only equal to themselves
 MAX_DEPTH = 30  # of nested groups
 MAX_BITS = 40_000  # of a numerator or denominator: 2006! has 19,000
 MAX_STEPS = 12_000  # of evaluation and comparison, together well below 100 ms
@@ -65,11 +68,8 @@ def reward(response: str, gold: str) -> float:
 
 
 def extract_answer(response: str, box_only: bool = False) -> str | None:
-    """The final answer that a response gives, as text, or None.
-
-    The last box wins wherever there is one. Without any, and unless `box_only`, the answer is what follows
-    "####" or the last "the answer is", else the last formula or number.
-    """
+    """The final answer that a response gives, as text, or None: the last box. Without any, and unless
+    `box_only`, what follows "####" or the last "the answer is", else the last formula or number."""
     response = response[-MAX_RESPONSE:]
     final = response.rpartition("</think>")[2]
     run_on = RUN_ON.search(final, 1)  # not at the start: a response may begin by repeating the question
@@ -86,9 +86,7 @@ def extract_answer(response: str, box_only: bool = False) -> str | None:
 
 def is_equivalent(answer: str, gold: str) -> bool:
     """Is the answer mathematically the gold answer, by the conventions above? Never raises on any two texts.
-
-    Equal texts are equal; else both become trees, and the trees are compared.
-    """
+    Equal texts are equal; else both become trees, and the trees are compared."""
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
         return answer.strip() == gold.strip()
     answer, gold = clean(answer), clean(gold)
@@ -103,11 +101,9 @@ def is_equivalent(answer: str, gold: str) -> bool:
             continue
         if a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and a[2] in LETTER_UNITS and not names(b):
             a = a[1]  # 3s for 3: only here, where the gold is known to have no variable
-        try:
+        with contextlib.suppress(OutOfSteps, ArithmeticError, RecursionError):
             if same(a, b, Work()):
                 return True
-        except (OutOfSteps, ArithmeticError, RecursionError):
-            pass
     return choice == gold_choice != ""
 
 
@@ -117,8 +113,7 @@ def same(a: tuple, b: tuple, work: "Work") -> bool:
     if a == b:
         return True
     for rule in (same_sets, same_lists, same_relations, same_shapes, same_units):
-        verdict = rule(a, b, work)
-        if verdict is not None:
+        if (verdict := rule(a, b, work)) is not None:
             return verdict
     return same_values(a, b, work)
 
@@ -127,8 +122,7 @@ def same_values(a: tuple, b: tuple, work: "Work") -> bool:
     """Expressions: equal at every point where both have a value, at least three if there is a variable."""
     one_percent = has(a, "%") != has(b, "%")
     for percent in (Fraction(1, 100), ONE) if one_percent else (Fraction(1, 100),):
-        work.percent = percent
-        checked = 0
+        work.percent, checked = percent, 0
         for x, y in samples(a, b, work):
             if not close(x, y, work, tolerance(a, b)):
                 break
@@ -139,8 +133,7 @@ def same_values(a: tuple, b: tuple, work: "Work") -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Below: tokens, parser, numbers, equality, evaluation. First: boxes and prose
+# ---- Below: tokens, parser, numbers, equality, evaluation --------------------------------------------------
 
 BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)\s+([^\s{}$\\]+)|\\.|[{}]", re.S)
 JOINT = re.compile(  # what may stand between two boxes of one list
@@ -153,8 +146,7 @@ FORMULA = re.compile(  # in "$2 and $3" there is no formula
     r"\$\$(.{1,400}?)\$\$|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)", re.S)
 NUMBER = re.compile(  # a minus after a digit or a bracket is a subtraction
     r"(?:(?<![\w)%.])[-−])?\$?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
-ROUNDED = re.compile(
-    rf"\brounds?(?:ed)?(?: off)?(?: up| down)? to (?:about )?({NUMBER.pattern})"
+ROUNDED = re.compile(rf"\brounds?(?:ed)?(?: off)?(?: up| down)? to (?:about )?({NUMBER.pattern})"
     r"(?!\s*(?:decimal|significant|place|digit))")
 
 
@@ -178,15 +170,13 @@ def _last_box(text: str) -> str | None:
                 boxes.append((start, token.end(), text[inside : token.start()]))
         elif token[0][-1] == "{" and token[0] != "\\{":
             stack.append((token.start() if len(token[0]) > 1 else -1, token.end()))
-    if not boxes:
-        return None
-    answers = [boxes[-1][2]]
+    answers = [content for _, _, content in boxes[-1:]]
     for left, right in zip(boxes[-2::-1], boxes[::-1]):
         between = text[left[1] : right[0]]
         if len(answers) == 20 or len(between) > 60 or not JOINT.fullmatch(between) or not left[2].strip():
             break
         answers.append(left[2])
-    return ", ".join(reversed(answers))
+    return ", ".join(reversed(answers)) if answers else None
 
 
 def _from_prose(text: str) -> str | None:
@@ -230,18 +220,15 @@ def _first_answer(text: str) -> str | None:
     return numbers[-1 if "=" in line else 0] if numbers else line
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokens: (kind, value, is there a space before it?), kinds num, sym, fn, word, text, op
+# ---- Tokens: (kind, value, is there a space before it?), kinds num, sym, fn, word, text, op ----------------
 
-UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’", "****//---''") | str.maketrans({
-    "≤": "<=", "⩽": "<=", "≥": ">=", "⩾": ">=", "≠": r"\ne ", "≈": r"\approx ", "π": r"\pi ", "θ": r"\theta ",
-    "∞": r"\infty ", "°": r"\degree ", "º": r"\degree ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ",
-    "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "²": "^2", "³": "^3", "⁴": "^4", "€": r"\$",
-    "£": r"\$", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}",
-    "¾": r"\frac{3}{4}"})
+UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’", "****//---''") | str.maketrans({"≤": "<=", "⩽": "<=", "≥": ">=",
+    "⩾": ">=", "≠": r"\ne ", "≈": r"\approx ", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ",
+    "°": r"\degree ", "º": r"\degree ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
+    "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "²": "^2", "³": "^3", "⁴": "^4", "€": r"\$", "£": r"\$",
+    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"})
 WRAPPER = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|math(?:rm|bf|it|sf)|operatorname|bold)\s*\{([^{}]*)\}"
-TOKEN = re.compile(
-    rf"(?P<wrapped>{WRAPPER})"
+TOKEN = re.compile(rf"(?P<wrapped>{WRAPPER})"
     r"|(?P<env>\\(?:begin|end)\s*\{(?:[pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?)"
     r"|(?P<row>\\\\(?:\[[^\]]{0,9}\])?)"
     r"|(?P<skip>[\s~$]+|\\[,;:!()\[\] \n]|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits"
@@ -318,9 +305,7 @@ def _letters(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+|[/^]", text.replace(".", "").casefold()))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Parser: from tokens to a tree. A node is (kind, child, ...); every child that is a tuple is a node
-#
+# ---- Parser: from tokens to a tree. A node is (kind, child, ...); every child that is a tuple is a node ----
 #    answer = relation {"," relation}                relation = union {("=" | "<" | ... | "in") union}
 #    union  = ratio {"cup" ratio}                    ratio    = sum {":" sum} [unit]
 #    sum    = term {("+" | "-" | "±") term}          term     = ["-"] power {("*" | "/" | nothing) power}
@@ -379,11 +364,10 @@ class Parser:
 
     def items(self) -> list[tuple]:
         """Relations with commas between; "1, 2, and 3" and a trailing comma are forgiven."""
-        items = []
-        while self.tokens[self.at][0] != "end" and not self.peek(")", "]", "}", "\\}"):
+        items, more = [], True
+        while more and self.tokens[self.at][0] != "end" and not self.peek(")", "]", "}", "\\}"):
             items.append(self.relation())
-            if not self.take(","):
-                break
+            more = self.take(",")
             while self.take(","):
                 pass
         return items
@@ -486,8 +470,7 @@ class Parser:
 
     def group(self, opening: str) -> tuple:
         bars, self.bars = self.bars, 0
-        items = self.items()
-        closing = self.expect(*CLOSING[opening])
+        items, closing = self.items(), self.expect(*CLOSING[opening])
         self.bars = bars
         if opening == "\\{" or opening == "{" and len(items) > 1:
             return ("set", *items) if items else ("emptyset",)
@@ -496,15 +479,14 @@ class Parser:
         return ("seq", opening + closing, *items) if len(items) > 1 else items[0]
 
     def matrix(self) -> tuple:
-        rows, row = [], []
-        while True:
+        rows, row, sign = [], [], ""
+        while sign != "end":
             if not self.peek("&", "row", "end"):
                 row.append(self.relation())
-            if (sign := self.expect("&", "row", "end")) == "&":
-                continue
-            rows, row = rows + [("row", *row)] * bool(row), []
-            if sign == "end":
-                return ("matrix", *rows)
+            sign = self.expect("&", "row", "end")
+            if sign != "&" and row:
+                rows, row = [*rows, ("row", *row)], []
+        return ("matrix", *rows)
 
     def argument(self) -> tuple:
         r"""One argument of \frac: a group or a token, of a number only the first digit: \frac12 is 1/2."""
@@ -580,9 +562,8 @@ def _num(digits: str) -> tuple:
 
 
 def _signed(sign: str | None, node: tuple) -> tuple:
-    if sign in ("pm", "mp"):
-        return ("pm", node if sign == "pm" else ("neg", node))
-    return ("neg", node) if sign == "-" else node
+    node = ("neg", node) if sign in ("-", "mp") else node
+    return ("pm", node) if sign in ("pm", "mp") else node
 
 
 @functools.lru_cache(maxsize=512)  # a gold answer is compared with many responses
@@ -597,8 +578,7 @@ def parse(text: str, thousands: bool = True) -> tuple | None:
         return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Numbers: exact fractions, and mpmath's real (mpf) and complex (mpc) ones of 60 digits where fractions end
+# ---- Numbers: exact fractions; where they end, mpmath's real (mpf) and complex (mpc) ones of 60 digits -----
 
 MP = mpmath.MPContext()  # our own: nobody else changes its precision
 MP.dps = 60
@@ -625,10 +605,8 @@ class Work:
 
 def settled(x, work: Work, before=MP.zero):
     """The result of an operation, paid for; ArithmeticError if it is a fraction that is too long.
-
     Other numbers lose their noise: a part is zero if it is tiny beside the other part, or beside the same
-    part of `before`, to which something was added. So a real number is an mpf.
-    """
+    part of `before`, to which something was added. So a real number is an mpf."""
     if isinstance(x, Fraction):
         bits = x.numerator.bit_length() + x.denominator.bit_length()
         if bits > 2 * MAX_BITS:
@@ -662,13 +640,10 @@ def exact(x) -> Fraction:
     return Fraction(int(nearest)) if is_whole else Fraction(int(x * 2**200), 2**200)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The value of a tree at a point
+# ---- The value of a tree at a point ------------------------------------------------------------------------
 
-UNARY = {
-    "neg": lambda x: -x, "inv": lambda x: 1 / x, "abs": abs, "unit": lambda x: x,
-    "lfloor": lambda x: Fraction(math.floor(exact(x))), "lceil": lambda x: Fraction(math.ceil(exact(x))),
-}
+UNARY = {"neg": lambda x: -x, "inv": lambda x: 1 / x, "abs": abs, "unit": lambda x: x,
+         "lfloor": lambda x: Fraction(math.floor(exact(x))), "lceil": lambda x: Fraction(math.ceil(exact(x)))}
 
 
 def value(node: tuple, work: Work):
@@ -750,12 +725,11 @@ def call(node: tuple, work: Work):
         if not x or not base:
             raise ArithmeticError
         return settled(MP.ln(x) / MP.ln(MP.convert(base)), work)
-    if len(node) > 3:
-        raise ArithmeticError
-    if name in ("arcsin", "arccos", "arctan") and not (name == "arctan" and x * x == -1):
-        return settled({"arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan}[name](x), work)
+    arcs = {"arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan}
+    if name in arcs and len(node) == 3 and not (name == "arctan" and x * x == -1):
+        return settled(arcs[name](x), work)
     angle, size = (x.real, x.imag) if circular else (x.imag, x.real)
-    if name.startswith("arc") or abs(angle) > ANGLE_LIMIT or abs(size) > EXP_LIMIT:
+    if len(node) > 3 or name.startswith("arc") or abs(angle) > ANGLE_LIMIT or abs(size) > EXP_LIMIT:
         raise ArithmeticError
     both = (MP.sin(x), MP.cos(x)) if circular else (MP.sinh(x), MP.cosh(x))
     sin, cos = (y if MP.mag(y) > MP.mag(x) + NOISE else MP.zero for y in both)
@@ -764,8 +738,7 @@ def call(node: tuple, work: Work):
     return settled(top / bottom, work)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Equality: texts, then the rules of `same` for trees
+# ---- Equality: texts, then the rules of `same` for trees ---------------------------------------------------
 
 
 def clean(text: str) -> str:
@@ -794,9 +767,8 @@ def readings(text: str) -> tuple[str, str, str]:
 @functools.lru_cache(maxsize=2048)
 def names(node: tuple) -> frozenset[str]:
     """The variables of a tree."""
-    if node[0] == "sym":
-        return frozenset() if node[1] in CONSTANTS else frozenset((node[1],))
-    return frozenset().union(*(names(child) for child in node[1:] if isinstance(child, tuple)))
+    own = {node[1]} - CONSTANTS.keys() if node[0] == "sym" else ()
+    return frozenset(own).union(*(names(child) for child in node[1:] if isinstance(child, tuple)))
 
 
 def has(node: tuple, kind: str) -> bool:
@@ -821,7 +793,7 @@ def segments(node: tuple, work: Work) -> list | None:
     node = _solved(node) if node[0] == "rel" else node
     if node[0] == "set":
         node = ("union", *(("seq", "[]", child, child) for child in node[1:]))  # points
-    if node[0] in ("union", "list"):
+    if node[0] in ("union", "list", "emptyset"):
         parts = [segments(child, work) for child in node[1:]]
         if None in parts:
             return None
@@ -831,8 +803,6 @@ def segments(node: tuple, work: Work) -> list | None:
         if low is None or high is None or low > high:
             return None
         pieces = [(low, node[1][0] == "(", high, node[1][1] == "]")]
-    elif node[0] == "emptyset":
-        pieces = []
     else:
         return None
     merged: list = []
@@ -912,7 +882,7 @@ def _signs_chosen(node, sign: int):
     return parts if node[0] != "pm" else parts[1] if sign > 0 else ("neg", parts[1])
 
 
-def matched(left: list, right: list, equal: Callable) -> bool:
+def matched(left: Iterable, right: Iterable, equal: Callable) -> bool:
     """Can the items of two lists be paired off? Greedily: equal to the same thing is equal to each other."""
     right = list(right)
     for item in left:
@@ -927,8 +897,7 @@ def same_relations(a: tuple, b: tuple, work: Work) -> bool | None:
     if a[0] != "rel" and b[0] != "rel":
         return None
     if a[0] == "rel" and b[0] == "rel":
-        parts = _differences(a), _differences(b)
-        if matched(*parts, lambda x, y: x[0] == y[0] and proportional(*x, y[1], work)):
+        if matched(_links(a), _links(b), lambda x, y: x[0] == y[0] and proportional(*x, y[1], work)):
             return True
         # f(x) = 2x and y = 2x define the same, x = 5 and y = 5 do not
         named = a[1] == b[1] == "=" and _is_name(a[2]) and _is_name(b[2])
@@ -939,14 +908,12 @@ def same_relations(a: tuple, b: tuple, work: Work) -> bool | None:
     return defines and same(relation[-1], other, work)
 
 
-def _differences(relation: tuple) -> list[tuple[str, tuple]]:
+def _links(relation: tuple) -> Iterator[tuple[str, tuple]]:
     """Every sign of a chain with the difference of its sides, turned so that > does not occur."""
-    out = []
     for sign, left, right in zip(relation[1].split(), relation[2:], relation[3:]):
         if ">" in sign:
             sign, left, right = sign.replace(">", "<"), right, left
-        out.append((sign, ("add", left, ("neg", right))))
-    return out
+        yield sign, ("add", left, ("neg", right))
 
 
 def proportional(sign: str, a: tuple, b: tuple, work: Work) -> bool:
@@ -1006,9 +973,8 @@ def tolerance(a: tuple, b: tuple):
 
 
 def samples(a: tuple, b: tuple, work: Work):
-    """Pairs of values of two trees at the same points: three of fractions, three of whole, three of negative
-    numbers. At these only pairs of real values: there the branches of roots and logarithms differ between
-    forms that everybody calls equal."""
+    """Pairs of values of two trees at three points of fractions, three of whole, three of negative numbers.
+    At negative ones only real values: branches of roots and logarithms differ there between equal forms."""
     both = sorted(names(a) | names(b))
     for point in range(9 if both else 1):
         work.names, work.degree = {}, ONE
@@ -1024,8 +990,7 @@ def samples(a: tuple, b: tuple, work: Work):
             yield x, y
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation of checkpoints. torch and the sampler are imported only here, so that `import verify` stays light
+# ---- Evaluation of checkpoints. torch is imported only here, so that `import verify` stays light -----------
 
 
 def wilson(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -1043,25 +1008,17 @@ def is_correct(answer: str | None, row: dict) -> bool:
     is correct, and so is the text of its option if no other option says the same."""
     if answer is None or is_equivalent(answer, row["answer"]):
         return answer is not None
-    from data.benchmarks import options
-
-    is_letter = re.fullmatch(r"\W*(text\W*)?[A-H]\W*", answer)
-    said = [letter for letter, text in options(row).items() if is_equivalent(answer, text)]
-    return said == [row["answer"]] and not is_letter
+    said = [letter for letter, text in benchmarks.options(row).items() if is_equivalent(answer, text)]
+    return said == [row["answer"]] and not re.fullmatch(r"\W*(text\W*)?[A-H]\W*", answer)  # another letter
 
 
 def sample_and_grade(sampler, problems: list[dict], prompts: list[list[int]], grade: Callable, n=1,
                      max_new_tokens=1024, temperature=0.0, seed=0, stop=None, request_ids=None) -> list[list]:
     """n responses to each problem → per problem n pairs (sample.Completion, grade(its text, problem)).
-
     prompts: token ids of each problem; grade: whatever the caller wants to know of a response; stop: as in
     Sampler.generate, None for end-of-text and the strings at which a base model starts the next question;
-    request_ids: numbers of the problems, by which they draw their random numbers (0, 1, ... if None).
-    """
-    if stop is None:
-        from data.prompts import STOP
-
-        stop = (*sampler.tokenizer.stop_ids, *STOP)
+    request_ids: numbers of the problems, by which they draw their random numbers (0, 1, ... if None)."""
+    stop = (*sampler.tokenizer.stop_ids, *STOP) if stop is None else stop
     groups = sampler.generate(prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
                               stop=stop, request_ids=request_ids)
     return [[(c, grade(c.text, row)) for c in group] for row, group in zip(problems, groups, strict=True)]
@@ -1069,27 +1026,18 @@ def sample_and_grade(sampler, problems: list[dict], prompts: list[list[int]], gr
 
 def summarise(rows: list[dict], n: int = 1) -> dict:
     """Metrics of n rows per item. The interval counts items: samples of one item are not independent.
-
     pass: {k: share of items that one of k samples solves}, k = 1, 2, 4, … n, without bias (Chen et al. 2021);
-    majority: share of items whose most frequent answer is correct.
-    """
+    majority: share of items whose most frequent answer is correct."""
     groups = [rows[i : i + n] for i in range(0, len(rows), n)]
     counts = [sum(row["correct"] for row in group) for group in groups]
     low, high = wilson(sum(counts) / n, len(groups))
     powers = sorted({*(1 << i for i in range(n.bit_length())), n})
-
-    def mean(values: list) -> float:
-        return sum(values) / max(1, len(values))
-
     return {
-        "items": len(groups), "accuracy": mean([row["correct"] for row in rows]), "low": low, "high": high,
-        "length": mean([row["tokens"] for row in rows]),
-        "length_correct": mean([row["tokens"] for row in rows if row["correct"]]),
-        "truncated": mean([row["truncated"] for row in rows]),
-        "no_answer": mean([row["answer"] is None for row in rows]),
-        "pass": {k: mean([pass_at_k(n, c, k) for c in counts]) for k in powers},
-        "majority": mean([majority(group) for group in groups]),
-    }
+        "items": len(groups), "accuracy": fmean(row["correct"] for row in rows), "low": low, "high": high,
+        "length": fmean(row["tokens"] for row in rows), "truncated": fmean(row["truncated"] for row in rows),
+        "length_correct": fmean([row["tokens"] for row in rows if row["correct"]] or [0]),
+        "no_answer": fmean(row["answer"] is None for row in rows), "majority": fmean(map(majority, groups)),
+        "pass": {k: fmean(pass_at_k(n, count, k) for count in counts) for k in powers}}
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -1110,8 +1058,6 @@ def majority(group: list[dict]) -> bool:
 
 def run_benches(args) -> None:
     """Every benchmark that is not finished yet, its problems spread over the ranks that torchrun started."""
-    from data import benchmarks
-
     chosen = benchmarks.THIRTEEN if args.bench == "paper" else args.bench.split(",")
     for name in chosen:  # an unknown name and too many shots are errors before anything is fetched
         benchmarks.prompt(name, "", args.shots, args.template)
@@ -1125,12 +1071,10 @@ def run_benches(args) -> None:
     for name, problems in suites.items():
         for warning in benchmarks.seen_in_training(os.path.dirname(os.path.dirname(folder)), name, problems):
             files.print0(f"warning: {warning}")
+        keys = ("limit", "template", "shots", "n", "temperature", "max_new_tokens", "seed")
         settings = {
             "checkpoint": os.path.realpath(folder), "weights": os.path.getmtime(f"{folder}/config.json"),
-            "items": len(problems), "limit": args.limit, "template": args.template, "shots": args.shots,
-            "n": args.n, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
-            "seed": args.seed,
-        }
+            "items": len(problems), **{key: getattr(args, key) for key in keys}}
         path = os.path.join(out, f"{name}.jsonl")
         results[name] = midtrain.on_rank0(lambda: finished(path, settings))  # noqa: B023
         if results[name] is None:
@@ -1142,13 +1086,11 @@ def run_benches(args) -> None:
 def bench_rows(sampler, name: str, problems: list[dict], args, world) -> list[dict]:
     """Sample and grade, on every rank each size-th problem → rows; on rank 0 those of all, by problem."""
     import torch.distributed as dist
-    from tqdm import tqdm
 
-    from data import benchmarks
-
-    def grade(text: str, problem: dict) -> tuple[str | None, bool]:
+    def grade(text: str, problem: dict) -> dict:
         answer = extract_answer(text, box_only=args.shots == 0)
-        return answer, is_correct(answer, problem)
+        return {"problem": problem["problem"], "gold": problem["answer"], "response": text, "answer": answer,
+                "correct": is_correct(answer, problem)}
 
     rows, mine, step = [], range(world.rank, len(problems), world.size), 4 * sampler.slots
     for start in tqdm(range(0, len(mine), step), desc=name, disable=world.rank > 0 or None):
@@ -1157,12 +1099,8 @@ def bench_rows(sampler, name: str, problems: list[dict], args, world) -> list[di
         groups = sample_and_grade(
             sampler, [problems[i] for i in items], list(map(sampler.tokenizer.encode, texts)), grade, args.n,
             args.max_new_tokens, args.temperature, args.seed, request_ids=items)
-        for i, group in zip(items, groups):
-            rows += [{
-                "item": i, "problem": problems[i]["problem"], "gold": problems[i]["answer"],
-                "response": c.text, "answer": answer, "correct": correct, "tokens": len(c.tokens),
-                "truncated": c.finish_reason == "length",
-            } for c, (answer, correct) in group]
+        rows += [{"item": i, **row, "tokens": len(c.tokens), "truncated": c.finish_reason == "length"}
+                 for i, group in zip(items, groups) for c, row in group]
     if world.size > 1:
         parts = [None] * world.size if world.rank == 0 else None
         dist.gather_object(rows, parts)
@@ -1200,7 +1138,7 @@ def as_table(results: dict[str, dict], n: int) -> str:
         row |= {"length": f"{m['length']:.0f}", "of correct ones": f"{m['length_correct']:.0f}"}
         rows.append(row | {"truncated": f"{m['truncated']:.1%}", "no answer": f"{m['no_answer']:.1%}"})
     if len(rows) > 1:
-        mean = sum(m["accuracy"] for m in results.values()) / len(rows)
+        mean = fmean(m["accuracy"] for m in results.values())
         rows.append({"benchmark": "mean", "accuracy": f"{100 * mean:.1f}"})
     cells = [list(rows[0])] + [[row.get(column, "") for column in rows[0]] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -1208,18 +1146,13 @@ def as_table(results: dict[str, dict], n: int) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line --------------------------------------------------------------------------------------
 
 
 def grade_file(path: str, out: str | None) -> None:
     """Grade a file's responses, print the share of correct ones, write the rows to `out`."""
-    from tqdm import tqdm
-
-    from data.benchmarks import read_rows
-
     pairs, graded = (("response", "gold"), ("solution", "answer")), []  # the names of (text, gold)
-    rows = list(read_rows(path, *pairs))
+    rows = list(benchmarks.read_rows(path, *pairs))
     if not rows:
         raise ValueError(f"{path} has no rows")
     start = time.perf_counter()
@@ -1238,8 +1171,6 @@ def grade_file(path: str, out: str | None) -> None:
 
 
 def main() -> None:
-    from data import benchmarks, prompts
-
     parser = files.ArgumentParser(description=__doc__[: __doc__.index("\n\nReward")])
     add = parser.add_argument
     add("--grade", metavar="FILE", help='grade JSON lines {"response", "gold"} or {"solution", "answer"}')
@@ -1250,7 +1181,7 @@ def main() -> None:
     add("--data", metavar="DIR", help="folder of the public files; without it, from the Hugging Face hub")
     add("--shots", default="0", metavar="N", help="number of solved examples before the question; paper: as "
         "many as there; 0 (default): none, and only a box is an answer, as in RL")
-    add("--template", choices=prompts.TEMPLATES, default="simple", help="of the prompt (default %(default)s)")
+    add("--template", choices=TEMPLATES, default="simple", help="of the prompt (default %(default)s)")
     add("--n", "--samples", type=int, default=1, metavar="K",
         help="number of responses to each problem, for pass@k and maj@k (under torchrun: --samples)")
     add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default)")

@@ -12,13 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from data import prompts, recipes
+from data import prompts, recipes, synth
 from data.files import read_json, read_jsonl
 
 
 class Hub(NamedTuple):
     """Where problems lie on the hub, and how a row becomes (problem, answer)."""
-
     spec: recipes.SourceSpec
     row: Callable[[dict], tuple[str, str]]
 
@@ -64,22 +63,20 @@ def _usual_columns(row: dict) -> tuple[str, str]:
 
 BENCHMARKS = {
     "gsm8k": Benchmark("gsm8k/test.jsonl", "word", 8, _hub("openai/gsm8k", _usual_columns, "main")),
-    "math": Benchmark("math/test.jsonl", "math", 4, _hub(
-        "DigitalLearningGmbH/MATH-lighteval", lambda r: (r["problem"], last_box(r["solution"])), "default")),
+    "math": Benchmark("math/test.jsonl", "math", 4, _hub("DigitalLearningGmbH/MATH-lighteval",
+        lambda r: (r["problem"], last_box(r["solution"])), "default")),
     "math500": Benchmark("eval/math500.jsonl", "math", 4, _hub("HuggingFaceH4/MATH-500", _usual_columns)),
-    "olympiadbench": Benchmark("eval/olympiadbench.jsonl", "math", 4, _hub(
-        "Hothan/OlympiadBench", lambda r: (r["question"], ", ".join(r["final_answer"])),
-        "OE_TO_maths_en_COMP", "train")),
+    "olympiadbench": Benchmark("eval/olympiadbench.jsonl", "math", 4, _hub("Hothan/OlympiadBench",
+        lambda r: (r["question"], ", ".join(r["final_answer"])), "OE_TO_maths_en_COMP", "train")),
     "amc23": Benchmark("eval/amc23.jsonl", "math", 0, _hub("math-ai/amc23", _usual_columns)),
     "sat_math": Benchmark("eval/sat_math.jsonl", "choice", 4),
     "ocwcourses": Benchmark("eval/ocwcourses.jsonl", "course", 4),
     "mmlu_stem": Benchmark("eval/mmlu_stem.jsonl", "choice", 4, _hub("TIGER-Lab/MMLU-STEM", _with_options)),
     "mathqa": Benchmark("eval/mathqa.jsonl", "choice", 4),
-    "svamp": Benchmark("eval/svamp.jsonl", "word", 8, _hub(
-        "ChilleD/SVAMP", lambda r: (f"{r['Body']} {r['Question']}", str(r["Answer"])))),
-    "asdiv": Benchmark("eval/asdiv.jsonl", "word", 8, _hub(
-        "EleutherAI/asdiv", lambda r: (f"{r['body']} {r['question']}", r["answer"].partition(" (")[0]),
-        split="validation")),
+    "svamp": Benchmark("eval/svamp.jsonl", "word", 8, _hub("ChilleD/SVAMP",
+        lambda r: (f"{r['Body']} {r['Question']}", str(r["Answer"])))),
+    "asdiv": Benchmark("eval/asdiv.jsonl", "word", 8, _hub("EleutherAI/asdiv",
+        lambda r: (f"{r['body']} {r['question']}", r["answer"].partition(" (")[0]), split="validation")),
     "mawps": Benchmark("eval/mawps.jsonl", "word", 8),
     "tabmwp": Benchmark("eval/tabmwp_test1k.jsonl", "table", 8),
     "aime24": Benchmark("eval/aime24.jsonl", "math", 0),
@@ -93,20 +90,17 @@ def load_problems(source: str, data_dir=None, limit: int | None = None, seed: in
 
     source: a benchmark's name, a file of JSON lines, or hub:ID[:PART[:SPLIT]]; what is a name and a file is
     the file. data_dir: folder of the benchmarks' files; None: they come from the hub. synth: problems of the
-    generated corpus's test split, made from the seed, 500 if there is no limit.
-    """
+    generated corpus's test split, made from the seed, 500 if there is no limit."""
     bench = None if os.path.isfile(source) else BENCHMARKS.get(source)
     if bench and source == "synth":
-        from data import synth
-
         return synth.problems("test", limit or 500, seed)
     if bench and data_dir is not None:
         rows = read_rows(Path(data_dir) / bench.file, ("problem", "answer"))
     elif bench and bench.hub:
         rows = _hub_rows(bench.hub)
     elif bench:
-        where = f"--data DIR reads DIR/{bench.file}"
-        raise ValueError(f"where {source} lies on the hub is not known here: {where}")
+        raise ValueError(f"where {source} lies on the hub is not known here: "
+                         f"--data DIR reads DIR/{bench.file}")
     elif source.startswith("hub:"):
         name, part, split = (source[4:].split(":") + ["", ""])[:3]
         rows = _hub_rows(_hub(name, _usual_columns, part, split or "train"))
@@ -152,14 +146,12 @@ def prompt(name: str, problem: str, shots: int | None, template: str) -> str:
     return prompts.few_shot(examples[:wanted], problem, template)
 
 
-_OPTION = re.compile(r"\(([A-H])\)\s*(.*?)\s*(?=,?\s*\([A-H]\)|$)", re.DOTALL)
-
-
 def options(row: dict) -> dict[str, str]:
     """{letter: text} of a row whose answer is a letter among those that its problem lists; else {}."""
     if not re.fullmatch(r"[A-H]", row["answer"]):
         return {}
-    found = dict(_OPTION.findall(row["problem"].rpartition("right choice?")[2]))
+    listed = row["problem"].rpartition("right choice?")[2]
+    found = dict(re.findall(r"(?s)\(([A-H])\)\s*(.*?)\s*(?=,?\s*\([A-H]\)|$)", listed))
     if isinstance(row.get("choices"), list):
         found = dict(zip("ABCDEFGH", map(str, row["choices"])))
     return found if row["answer"] in found else {}
@@ -167,17 +159,14 @@ def options(row: dict) -> dict[str, str]:
 
 def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
     """Warnings: what is known of a stage's training that makes its score on these rows doubtful.
-
-    folder: of the stage. An RL run's prompts are compared with the problems, text by text.
-    """
+    folder: of the stage. An RL run's prompts are compared with the problems, text by text."""
     warnings, stage = [], Path(folder)
     config = read_json(stage / "config.json", missing_ok=True) or {}
     if isinstance(path := config.get("prompts"), str) and Path(path).is_file():
         trained = {_plain(str(row.get("problem", ""))) for row in read_jsonl(Path(path))}
         if same := sum(_plain(row["problem"]) in trained for row in rows):
-            better = "; report math500 instead" if name == "math" else ""
-            where = f"are among the prompts of its RL, {path}{better}"
-            warnings.append(f"{same} of the {len(rows)} problems of {name} {where}")
+            warnings.append(f"{same} of the {len(rows)} problems of {name} are among the prompts of its RL, "
+                            f"{path}" + "; report math500 instead" * (name == "math"))
     index = read_json(stage.parent / "data/index.json", missing_ok=True) or {}
     if kept := (index.get("settings") or {}).get("keep_overlaps"):
         kept = f"({', '.join(kept)}, by --keep-overlaps)"

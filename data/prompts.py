@@ -24,8 +24,7 @@ def complex(question: str) -> str:
         "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
         "The assistant first thinks about the reasoning process in the mind and then provides the user with "
         "the answer. User: You must put your answer inside \\boxed{} and Your final answer will be extracted "
-        "automatically by the \\boxed{} tag.\n" + question + "\nAssistant:"
-    )
+        "automatically by the \\boxed{} tag.\n" + question + "\nAssistant:")
 
 
 TEMPLATES = {"simple": simple, "complex": complex}
