@@ -10,7 +10,8 @@ the loss of each token. The model reads alone, top to bottom, and ends at "Below
 2. A row of tokens holds several documents. `doc_start` (B, T) is the index, within the row, of the first
    token of each token's document: attention never looks before it, positions count from it, and its shape is
    fixed, so that nothing is compiled again when lengths change.
-3. Weights stay in fp32 and are cast where they are used, to the activations' `compute_dtype`.
+3. Weights stay in fp32 and are cast where they are used, to the activations' `compute_dtype`. Under FSDP2
+   with a bf16 policy they arrive in bf16 already.
 4. The loss, one number per token, is computed inside `forward`, in chunks of tokens: the logits (tokens x
    vocabulary) of 128,256 words never exist at once.
 5. Nothing here knows about ranks or optimizers: parallelism is applied from outside (midtrain.py).
@@ -164,7 +165,7 @@ def attention(q, k, v, doc_start: Tensor | None, mask: Tensor | None = None, pre
         return torch.ops.octo.attention(q, k, v, starts)[0]
     if mask is None and doc_start is not None:
         mask = document_mask(doc_start, q.dtype, prefix)
-    # A CPU goes by blocks; a compiler cannot follow where documents begin.
+    # A CPU goes by blocks, but not compiled: a compiler cannot follow where documents begin.
     if mask is not None and q.is_cpu and T <= LONGEST_BLOCKED and not torch.compiler.is_compiling():
         return block_attention(q, k, v, doc_start, mask, prefix)
     k, v = (x.repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
@@ -432,7 +433,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Te
 # ---- Attention by blocks of queries, on a CPU --------------------------------------------------------------
 # torch's fused kernel visits all keys where there is a mask. Here a block of queries meets only the keys
 # between the first that one of them sees and the last, and the row's common prefix. Without it a training
-# step of the tiny preset takes 10 % longer in fp32 and 48 % in bf16 (tests/bench_cpu.py). In bf16, scores and
+# step of the tiny preset takes 10 % longer in fp32 and 45 % in bf16 (tests/bench_cpu.py). In bf16, scores and
 # probabilities are rounded: up to four times the fused kernel's error where attention is sharp.
 
 QUERIES, LONGEST_BLOCKED = 64, 2048  # in a block; tokens of the longest row: all probabilities are kept
@@ -650,14 +651,12 @@ def _store_rows(ptr, first, T, x, STRIDE: tl.constexpr, N: tl.constexpr, D: tl.c
 
 @_jit
 def _key_tiles(start_ptr, m, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Queries m … m + BLOCK_M - 1, their starts, and keys first … end - 1; full_lo … full_hi - 1 unmasked."""
-    rows = m + tl.arange(0, BLOCK_M)
-    starts = tl.load(start_ptr + rows, rows < T, 0).to(tl.int32)
+    """The keys of queries m … m + BLOCK_M - 1: first … end - 1, of which all see full_lo … full_hi - 1."""
     end = tl.minimum(m + BLOCK_M, T)
     first = tl.load(start_ptr + m).to(tl.int32) // BLOCK_N * BLOCK_N
     full_lo = tl.cdiv(tl.load(start_ptr + end - 1).to(tl.int32), BLOCK_N) * BLOCK_N
     full_hi = tl.maximum(full_lo, (m + 1) // BLOCK_N * BLOCK_N)
-    return rows, starts, first, full_lo, full_hi, end
+    return first, full_lo, full_hi, end
 
 
 @_jit
@@ -725,7 +724,9 @@ def _attention_forward(
     b, kv, h, m0 = _query_program(T, H, K, BLOCK_M)
     start_ptr += b * T
     k_ptr, v_ptr = k_ptr + b * T * K * D + kv * D, v_ptr + b * T * K * D + kv * D
-    rows, starts, first, full_lo, full_hi, end = _key_tiles(start_ptr, m0, T, BLOCK_M, BLOCK_N)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    starts = tl.load(start_ptr + rows, rows < T, 0).to(tl.int32)
+    first, full_lo, full_hi, end = _key_tiles(start_ptr, m0, T, BLOCK_M, BLOCK_N)
     q = _load_rows(q_ptr + b * T * H * D + h * D, m0, T, H * D, BLOCK_M, D, True)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -767,7 +768,9 @@ def _attention_dq(
     start_ptr += b * T
     k_ptr, v_ptr = k_ptr + b * T * K * D + kv * D, v_ptr + b * T * K * D + kv * D
     mine, scalars = b * T * H * D + h * D, (b * H + h) * T
-    rows, starts, first, full_lo, full_hi, end = _key_tiles(start_ptr, m0, T, BLOCK_M, BLOCK_N)
+    rows = m0 + tl.arange(0, BLOCK_M)
+    starts = tl.load(start_ptr + rows, rows < T, 0).to(tl.int32)
+    first, full_lo, full_hi, end = _key_tiles(start_ptr, m0, T, BLOCK_M, BLOCK_N)
     q = _load_rows(q_ptr + mine, m0, T, H * D, BLOCK_M, D, True)
     do = _load_rows(do_ptr + mine, m0, T, H * D, BLOCK_M, D, True)
     o = _load_rows(o_ptr + mine, m0, T, H * D, BLOCK_M, D, True)
@@ -950,7 +953,6 @@ def _decode_merge(
         w, rescale = tl.exp2(lse - m_new), tl.exp2(m - m_new)
         acc = acc * rescale + w * tl.load(part_ptr + (at * pieces + piece) * D + d)
         total, m = total * rescale + w, m_new
-    # an empty row gives 0
     tl.store(o_ptr + at * D + d, (acc / tl.maximum(total, 1e-30)).to(o_ptr.dtype.element_ty))
 
 
@@ -969,8 +971,7 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: T
         H=H, K=K, D=D, HEADS=max(16, triton.next_power_of_2(H // K)), SPLIT=DECODE_SPLIT,
         BLOCK_N=block_n, ALIGNED=block_len % block_n == 0, num_warps=warps, num_stages=stages,
     )
-    merge = _wrap(_decode_merge)[(R * H,)]
-    merge(part, lse, lengths, out, pieces, H=H, D=D, SPLIT=DECODE_SPLIT, num_warps=1)
+    _wrap(_decode_merge)[(R * H,)](part, lse, lengths, out, pieces, H=H, D=D, SPLIT=DECODE_SPLIT, num_warps=1)
     return out
 
 
@@ -986,7 +987,7 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: T
 # made once more in the backward: 4 products. There chunks can be of words and not of tokens, as L_i is known.
 
 CHUNK_NUMBERS = 1 << 28  # logits at a time: 512 MiB in bf16, 2,093 tokens of Llama 3's vocabulary
-_NLL_BLOCK = dict(BLOCK=4096, num_warps=8)
+_NLL_TILE = dict(BLOCK=4096, num_warps=8)
 
 
 @_jit
@@ -1037,8 +1038,7 @@ def _linear_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
     nll, lse = h.new_empty(N, dtype=torch.float32), h.new_empty(N, dtype=torch.float32)
     for a, b in _chunks(N, V):
         logits = h[a:b] @ weight.t()
-        forward = _wrap(_nll_forward)[(b - a,)]
-        forward(logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_BLOCK)
+        _wrap(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_TILE)
     return nll, lse
 
 
@@ -1050,8 +1050,8 @@ def _linear_nll_grad(h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, gr
     dh, dw = h.new_zeros(h.shape, dtype=torch.float32), torch.empty_like(weight)
     for a, b in _chunks(weight.shape[0], N):
         logits = h @ weight[a:b].t()
-        backward = _wrap(_nll_backward)[(N, triton.cdiv(b - a, _NLL_BLOCK["BLOCK"]))]
-        backward(logits, targets, lse, grad, temperature, a, b - a, ONES=False, **_NLL_BLOCK)
+        backward = _wrap(_nll_backward)[(N, triton.cdiv(b - a, _NLL_TILE["BLOCK"]))]
+        backward(logits, targets, lse, grad, temperature, a, b - a, ONES=False, **_NLL_TILE)
         dh += logits @ weight[a:b]
         dw[a:b] = logits.t() @ h
     return dh.to(h.dtype), dw
@@ -1068,10 +1068,9 @@ def _linear_nll_sum(h: Tensor, weight: Tensor, targets: Tensor,
     dw = weight.new_zeros(weight.shape, dtype=weight.dtype if len(chunks) <= 4 else torch.float32)
     for a, b in chunks:
         logits = h[a:b] @ weight.t()
-        forward = _wrap(_nll_forward)[(b - a,)]
-        forward(logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_BLOCK)
-        backward = _wrap(_nll_backward)[(b - a, triton.cdiv(V, _NLL_BLOCK["BLOCK"]))]
-        backward(logits, targets[a:b], lse[a:b], lse, temperature, 0, V, ONES=True, **_NLL_BLOCK)
+        _wrap(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_TILE)
+        backward = _wrap(_nll_backward)[(b - a, triton.cdiv(V, _NLL_TILE["BLOCK"]))]
+        backward(logits, targets[a:b], lse[a:b], lse, temperature, 0, V, ONES=True, **_NLL_TILE)
         dh[a:b] = logits @ weight
         if dw.dtype == weight.dtype:
             dw.addmm_(logits.t(), h[a:b])
@@ -1218,6 +1217,7 @@ def read_weights(path: str, model: Llama) -> Iterator[tuple[str, Tensor]]:
                         raise ValueError(f"{file} has tensor {name}, which this Llama does not have")
                     (ours, shape), tensor = expected[name], f.get_tensor(name)
                     if (found := tuple(tensor.shape)) != shape:
+                        file = os.path.basename(file)
                         raise ValueError(f"{file}: {name} has shape {found}, config.json says {shape}")
                     missing.discard(name)
                     yield ours, tensor

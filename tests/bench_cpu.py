@@ -6,9 +6,9 @@ Training and sampling in fp32 and bf16, learning in both and from other first we
 the verifier. Seconds are CPU seconds of the process, arms interleaved, the best of three rounds: a busy
 machine disturbs them least.
 
-Backward passes by hand were measured, and are not there: they saved too little. Of a whole training step (8 x
-256 tokens, AVX512-BF16, torch 2.13; median of 20 to 30 interleaved rounds of 4 steps, ± 1 %), the time more
-without
+Backward passes by hand were measured, and are not there: they saved too little. What a whole training step
+takes more without them (8 x 256 tokens, AVX512-BF16, torch 2.13; the median of 20 to 30 interleaved rounds of
+4 steps, ± 1 %):
 
 | what | fp32 | bf16 |
 |---|---|---|
@@ -17,7 +17,7 @@ without
 | of cross-entropy | 1 % | 0 % |
 | of attention by blocks (autograd goes through the same blocks) | 2 % | 3 % |
 | all four | 3 % | 5 % |
-| attention by blocks, which is there | 10 % | 48 % |
+| attention by blocks, which is there | 10 % | 41 to 48 % |
 """
 
 import platform

@@ -100,8 +100,7 @@ def race(name: str, config, rows: int, T: int, loader: Loader, rounds: int, pack
 
 
 def loading(folder: str, steps: int = 10_000) -> None:
-    """The loader alone, eight rows of 256 tokens per step; memory after a tenth of the steps and at the
-    end."""
+    """The loader alone, eight rows of 256 tokens per step; memory after a tenth of the steps and at last."""
     loader = Loader(folder, recipes.STAGES["tiny"]["stable"], 256, 8)
     start = time.process_time()
     for step in range(steps):

@@ -59,7 +59,7 @@ def other_jobs(widths=(128, 2048, 3072, 4096), decode_tiles=(model.DECODE_TILE,)
             jobs.append((f"decode {D} {n}", model._decode_pieces, constants, warps, stages))
         constants = dict(H=H, D=D, SPLIT=model.DECODE_SPLIT)
         jobs.append((f"decode merge {D}", model._decode_merge, constants, 1, 3))
-    block, warps = model._NLL_BLOCK.values()
+    block, warps = model._NLL_TILE.values()
     jobs.append(("nll forward", model._nll_forward, dict(V=128_256, BLOCK=block), warps, 3))
     for ones in (False, True):
         jobs.append((f"nll backward {ones}", model._nll_backward, dict(ONES=ones, BLOCK=block), warps, 3))
