@@ -107,8 +107,8 @@ def _paper(lr: float, micro_batch: int, controlled_lr: float) -> dict:
     Its controlled runs (section 3): 20B tokens, only of the 3B model; the rates of the other two are ours."""
     return {
         "steps": _stages(None, 50_000, 5_000, 5_000), "lr": _stages(None, lr, lr, controlled_lr), "warmup": 0,
-        "batch": 512, "micro_batch": micro_batch, "seq_len": 8192,
-        "save_every": 500, "eval_every": 1000, "log_every": 1,
+        "batch": 512, "micro_batch": micro_batch, "seq_len": 8192, "save_every": 500, "eval_every": 1000,
+        "log_every": 1,
     }
 
 
@@ -118,10 +118,8 @@ RUNS = {
         "steps": _stages(400, 2400, 1000, 1000), "lr": _stages(2e-3, 2e-3, 2e-3, 2e-3), "warmup": 50,
         "batch": 8, "micro_batch": 8, "seq_len": 256, "save_every": 200, "eval_every": 200, "log_every": 50,
         "vocab": 1024,
-        "tokens": {  # to generate, per source
-            "general": 1_500_000, "web": 4_000_000, "short_cot": 900_000, "long_cot": 900_000,
-            "instruct": 300_000,
-        },
+        "tokens": {"general": 1_500_000, "web": 4_000_000, "short_cot": 900_000, "long_cot": 900_000,
+                   "instruct": 300_000},  # to generate, per source
     },
     "small": {  # ours: about 30M parameters, for real text
         "steps": _stages(2000, 2000, 500, 500), "lr": _stages(1e-3, 1e-3, 1e-3, 1e-3), "warmup": 100,
@@ -473,7 +471,7 @@ LOCK_WAIT = 60  # seconds: the ranks of a run that was killed may still be savin
 
 
 @contextlib.contextmanager
-def run_lock(folder: str):
+def lock_for_all(folder: str):
     """files.run_lock() for all ranks: rank 0 holds it."""
     with contextlib.ExitStack() as held:
         on_rank0(lambda: held.enter_context(files.run_lock(folder, LOCK_WAIT)))
@@ -485,8 +483,7 @@ def clean_exit():
     """Around a program that torchrun may have started: one error message, no rank that waits for a dead one.
 
     Several processes leave by os._exit: FSDP2 keeps gloo's threads alive after the group is destroyed, and
-    one that still holds a tensor aborts the process at its end (4 of 56 runs; PyTorch's #179291).
-    """
+    one that still holds a tensor aborts the process at its end (4 of 56 runs; PyTorch's #179291)."""
     code = 0
     try:
         yield
@@ -550,8 +547,7 @@ def apply_fsdp(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1
     the meta device stays there, sharded: to_empty() allocates each rank's part.
 
     replicas: as many whole copies, each sharded over size / replicas ranks (HSDP). With one copy per node,
-    weights are gathered inside a node, where links are fast, and only gradients cross between nodes.
-    """
+    weights are gathered inside a node, where links are fast, and only gradients cross between nodes."""
     model.compute_dtype = dtype
     if world.size == 1:
         return model if model.embed.weight.is_meta else model.to(world.device)
@@ -602,13 +598,12 @@ def open_folder(folder: str, settings: dict) -> str | None:
 def save_checkpoint(
     stage_dir: str, step: int, model: Llama, optimizer, tok: Tokenizer, meta: dict, keep_every=None
 ) -> str:
-    """Write a checkpoint aside, rename it, then let `latest` name it → its path. All but the last KEEP and
-    those of every `keep_every`-th step are deleted. Called by every rank. OSError: the earlier ones are
-    untouched.
+    """Write a checkpoint aside, rename it, then let `latest` name it (for people) → its path. All but the
+    last KEEP and those of every `keep_every`-th step are deleted. Called by every rank. OSError: the earlier
+    ones are untouched.
 
     The folder is a Hugging Face checkpoint in fp32; `state` in it holds weights and optimizer in shards that
-    any number of ranks can load.
-    """
+    any number of ranks can load."""
     folder = os.path.join(stage_dir, "checkpoints")
     final, aside = os.path.join(folder, f"step_{step:06d}"), os.path.join(folder, "unfinished")
     try:
@@ -699,7 +694,7 @@ class MetricsLog:
             return
         path = os.path.join(stage_dir, "metrics.jsonl")
         files.write_jsonl(path, [row for row in read_metrics(path) if row["step"] <= step])
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115, open as long as the run
+        self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115, open as long as the run
 
     def write(self, row: dict) -> None:
         if self.file:  # JSON knows neither NaN nor infinity
@@ -912,7 +907,7 @@ def main() -> None:
             return show_plan(args)
         world = setup(args.threads)
         for stage in on_rank0(lambda: stages_to_run(args)):
-            with run_lock(os.path.join(args.out, stage)):
+            with lock_for_all(os.path.join(args.out, stage)):
                 run_stage(stage, args, world)
 
 

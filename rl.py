@@ -4,9 +4,8 @@ One step: P problems, G responses to each from the current weights (sample.py); 
 is correct, -1 if not (verify.py); each response is compared with its own group, A = (r - mean) / std, which
 makes a value network unnecessary; then one or more clipped policy-gradient updates. The choices that matter:
 
-1. The policy that is sampled is the policy that is trained: logits are divided by the same temperature in
-   both, nothing is truncated, the stop token is trained like any other. The difference that is left is logged
-   as the gap.
+1. The policy that is sampled is the policy that is trained: the same temperature in both, nothing truncated,
+   the stop token trained like any other. The difference that is left is logged as the gap.
 2. One loss function, `grpo_loss`, on plain tensors; a variant is a branch of a few lines beside its formula.
 3. Denominators are counted over all ranks and micro-batches before the first backward pass, so the gradient
    does not depend on how the batch is cut. Responses are packed without padding.
@@ -25,7 +24,6 @@ makes a value network unnecessary; then one or more clipped policy-gradient upda
     python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl # rows {"problem": ..., "answer": ...}
     python rl.py --ckpt DIR --prompts hub:openai/gsm8k:main --eval gsm8k --data DATA
     torchrun --nproc_per_node=8 rl.py --branch long --preset 3b     # in runs/3b; on a CPU the same with gloo
-    python -m assets.report runs/tiny                               # table and picture of all its rl-* runs
 
 The metrics, one row per step in metrics.jsonl:
 
@@ -33,7 +31,7 @@ The metrics, one row per step in metrics.jsonl:
     length, length_*     mean length in tokens of all, of correct and of wrong responses
     truncated, cap       share of responses cut at the length cap (the others stopped by themselves); the cap
     no_signal            share of responses whose group has equal rewards: they teach nothing
-    problems             problems of the step: more than --prompts-per-step if --filter refill asked again
+    problems             problems of the step: more than --prompts-per-step if --filter refill took others
     entropy              mean -log p of the sampled tokens: estimates the policy's entropy, in nats per token
     gap, gap_max, gap_kl sampler against trainer: mean and largest difference of a token's log-probability,
                          and the k3 estimate of their KL; over trained tokens
@@ -47,6 +45,7 @@ The metrics, one row per step in metrics.jsonl:
     eval_*               the same on eval_n held-out problems, greedy, with the template and cap of training
 """
 
+import contextlib
 import hashlib
 import math
 import numbers
@@ -77,8 +76,7 @@ def advantages(rewards: Tensor, kind: str = "group", eps: float = 1e-6) -> Tenso
     "rloo"   r - mean of the others                           RLOO (2402.14740)
 
     Exactly 0 where all rewards of a group are equal. A reward of NaN (could not be scored) has advantage 0
-    and is left out of its group's mean and std.
-    """
+    and is left out of its group's mean and std."""
     scored = ~rewards.isnan()
     r, n = rewards.nan_to_num(0.0).double(), scored.sum(1, keepdim=True).clamp(min=1)
     centred = (r - r.sum(1, keepdim=True) / n) * scored
@@ -139,8 +137,7 @@ def grpo_loss(
     denominator: what the sum is divided by, counted over the whole batch, of which these N may be a part:
     tokens ("token"), responses ("sequence"), responses x length cap ("constant"). None: these N are the
     batch. Where old_logp is logp the value says nothing; the gradient is the policy's, -A * grad logp per
-    token.
-    """
+    token."""
     c, A, lengths = config, advantages[:, None], mask.sum(1)  # A (N, 1): of all tokens of a response; |o_i|
     change = (logp - old_logp).clamp(-20, 20)  # log w; exp(20) is as good as infinite
     if c.surrogate == "gspo":  # GSPO (2507.18071): one w per response, the mean of its tokens' logs
@@ -188,10 +185,9 @@ def overlong_penalty(length: int, cap: int) -> float:
 
 def parse_schedule(text: str) -> dict[int, int]:
     """0:2048,200:4096 → {0: 2048, 200: 4096}: from which step on a response may have how many tokens."""
-    try:
+    caps = {}
+    with contextlib.suppress(ValueError):
         caps = {int(step): int(cap) for step, cap in (part.split(":") for part in text.split(","))}
-    except ValueError:
-        caps = {}
     if 0 not in caps or min(caps) < 0 or min(caps.values()) < 1:
         raise ValueError(f'"{text}" is no length schedule: step:tokens pairs begin at 0, as 0:2048,200:4096')
     return caps
@@ -236,8 +232,7 @@ def rollout(
     """n scored responses of up to `cap` tokens to each of this rank's problems (every size-th), by group.
 
     Response j to the i-th problem draws from (seed, first_id + i, j), on whatever rank. Ranks do not steal
-    work from each other: in bf16 a rollout depends on its neighbours, and so would on the ranks' speed.
-    """
+    work from each other: in bf16 a rollout depends on its neighbours, and so would on the ranks' speed."""
     mine = range(world.rank, len(problems), world.size)
     groups = verify.sample_and_grade(
         sampler, [problems[i] for i in mine], [problems[i]["tokens"] for i in mine], score, n, cap,
@@ -269,8 +264,7 @@ def rollouts_of_step(sampler: Sampler, train: list[dict], step: int, cap: int, a
     """(problems, all samples, those to learn from, of how many groups). All follows from (seed, step).
 
     With --filter refill (DAPO's dynamic sampling) further problems are taken, --refills times at most, until
-    as many groups as a step has problems have a signal; the first of these are learned from.
-    """
+    as many groups as a step has problems have a signal; the first of these are learned from."""
     P, rounds = args.prompts_per_step, 1 + args.refills if args.filter == "refill" else 1
     problems, samples = [], []
     for i in range(step * rounds, (step + 1) * rounds):
@@ -329,7 +323,7 @@ def shares_prompts(device) -> bool:
 
 
 @dataclass
-class Row:
+class PackedRow:
     """Responses that go through the model side by side."""
 
     prefix: list[int]  # what they all go on from: a shared prompt without its last token, or nothing
@@ -358,7 +352,7 @@ def first_fit(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def pack_rows(samples: list[Sample], width: int, share: bool) -> list[Row]:
+def pack_rows(samples: list[Sample], width: int, share: bool) -> list[PackedRow]:
     """Samples → rows of at most `width` tokens (or as the longest), long rows first: little padding."""
     groups: dict[int, list[Sample]] = {}
     for s in samples:
@@ -366,9 +360,9 @@ def pack_rows(samples: list[Sample], width: int, share: bool) -> list[Row]:
     rows = []
     for group in groups.values():
         prefix = group[0].prompt[:-1] if share else []
-        lengths = [Row(prefix, [s]).length - len(prefix) for s in group]
+        lengths = [PackedRow(prefix, [s]).length - len(prefix) for s in group]
         for chosen in first_fit(lengths, max([width - len(prefix), *lengths])):
-            rows.append(Row(prefix, [group[i] for i in chosen]))
+            rows.append(PackedRow(prefix, [group[i] for i in chosen]))
     return sorted(rows, key=lambda row: -row.length)
 
 
@@ -388,7 +382,7 @@ class MicroBatch:
     ref_logp: Tensor | None = None  # (N, T)
 
 
-def collate(rows: list[Row], device) -> MicroBatch:
+def collate(rows: list[PackedRow], device) -> MicroBatch:
     """Rows → tensors. No rows make a micro-batch without responses: a rank without work runs it, to take part
     in the collectives."""
     samples = [s for row in rows for s in row.samples]
@@ -418,7 +412,7 @@ def collate(rows: list[Row], device) -> MicroBatch:
 
 def micro_batches(samples: list[Sample], args, world: World) -> list[MicroBatch]:
     """Rows of row_tokens (or the longest response), micro_tokens per micro-batch; as many on every rank."""
-    parts: list[list[Row]] = []
+    parts: list[list[PackedRow]] = []
     for row in pack_rows(samples, args.row_tokens, shares_prompts(world.device)):
         if parts and (len(parts[-1]) + 1) * parts[-1][0].length <= args.micro_tokens:
             parts[-1].append(row)
@@ -442,8 +436,7 @@ def update(model, reference, optimizer, samples: list[Sample], cap: int, args, w
 
     Responses of a group without signal have no gradient: without a KL term they get no forward pass. They
     count in the denominator, the loss being a mean over all responses, unless --filter drop takes them out of
-    it.
-    """
+    it."""
     groups = groups or args.prompts_per_step
     kept = [s for s in samples if s.signal or args.filter == "none"]
     kept = [s for s in kept if s.stopped or args.overlong != "mask"]
@@ -504,8 +497,6 @@ def update_metrics(sums: dict[str, float], norms: list[float], args, world: Worl
 
 
 # ---- A run -------------------------------------------------------------------------------------------------
-
-EVALUATED = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
 
 
 def train(args, world: World) -> None:
@@ -578,7 +569,9 @@ def evaluate(sampler: Sampler, held_out: list[dict], step: int, name: str, args,
     more = f"(correct {m['length_correct'] or 0:.0f}), truncated {m['truncated']:.1%}"
     files.print0(f"[{name}] step {step}/{args.steps} held-out: {correct} {more}")
     row = {"eval_n": len(problems), "steps": args.steps, "time_eval": time.perf_counter() - start}
-    return row | {"eval_" + key: m[key] for key in EVALUATED}
+    for key in ("accuracy", "length", "length_correct", "length_wrong", "truncated"):
+        row["eval_" + key] = m[key]
+    return row
 
 
 def line(m: dict) -> str:
@@ -635,8 +628,12 @@ def load_policy(source: str, args, world: World):
 
 def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
     """(to train on, held out), with the prompts' ids as "tokens"; too long training prompts are left out."""
-    train = benchmarks.load_problems(args.prompts, args.data) if args.prompts else []
-    train = train or synth.problems("train", TRAIN_PROBLEMS, args.seed)
+    if args.prompts == "synth":
+        raise ValueError("synth holds test problems: without --prompts, the training split is taken")
+    if args.prompts:
+        train = benchmarks.load_problems(args.prompts, args.data)
+    else:
+        train = synth.problems("train", TRAIN_PROBLEMS, args.seed)
     if args.eval:
         held_out = benchmarks.load_problems(args.eval, args.data, args.eval_problems)
     elif args.prompts:  # a tenth of the file at most
@@ -682,7 +679,7 @@ SIZES = {
     "save_every": (20, 10, "steps between checkpoints"),
     "text_every": (1, 10, "steps between rollouts written as text"),
 }
-PRESETS = {"tiny": 0, "small": 0, "1b": 1, "3b": 1, "8b": 1}  # which column of SIZES
+SIZE_COLUMN = {"tiny": 0, "small": 0, "1b": 1, "3b": 1, "8b": 1}  # which column of SIZES
 
 # The loss and its data: flag → (default, or choices with the default first; what it is)
 VARIANTS = {
@@ -710,7 +707,7 @@ def parse_args():
     p.add_argument("--branch", choices=BRANCHES, help="start from this stage of --out")
     p.add_argument("--ckpt", metavar="DIR", help="or from this checkpoint, ours or a Hugging Face Llama's")
     p.add_argument("--out", metavar="DIR", help="folder of the runs (default runs/PRESET): DIR/rl-START")
-    p.add_argument("--preset", default="tiny", choices=PRESETS, help="which sizes (default tiny)")
+    p.add_argument("--preset", default="tiny", choices=SIZE_COLUMN, help="which sizes (default tiny)")
     p.add_argument("--prompts", metavar="FILE", help="JSON lines of problem and answer, a benchmark's name, "
                    "or hub:ID[:PART[:SPLIT]] (default: the generated corpus)")
     p.add_argument("--eval", metavar="FILE", help="held-out problems, given like --prompts (default: a tenth "
@@ -731,7 +728,7 @@ def parse_args():
     args = p.parse_args()
     for name, row in SIZES.items():
         if getattr(args, name) is None:
-            setattr(args, name, row[PRESETS[args.preset]])
+            setattr(args, name, row[SIZE_COLUMN[args.preset]])
     args.out = args.out or f"runs/{args.preset}"
     if args.max_new_tokens is not None:
         args.length_schedule = f"0:{args.max_new_tokens}"
@@ -767,7 +764,7 @@ def main() -> None:
         args = parse_args()
         check_args(args)
         world = midtrain.setup(args.threads)
-        with midtrain.run_lock(os.path.join(args.out, starting_point(args)[1])):
+        with midtrain.lock_for_all(os.path.join(args.out, starting_point(args)[1])):
             train(args, world)
 
 

@@ -189,7 +189,7 @@ class DenseCache:
         return True
 
     def reserve(self, rows: list[Row], tokens: int) -> bool:
-        """Make room for so many more tokens per row. False: the last row must give way first."""
+        """Make room for so many more tokens per row. False: the last row must be preempted first."""
         old, needed = self.kv, min(self.longest, tokens + max(row.cached for row in rows))
         if needed > old.max_len:
             length = max(needed, old.max_len + max(CACHE_CHUNK, old.max_len // 8))
@@ -292,7 +292,7 @@ class Rollout:
         self.ended[:B] |= self.stop.look[token] | (self.count[:B] >= self.limit[:B])
 
     def _retire(self, tokens: int) -> None:
-        """Take over the tokens drawn. Finished rows leave their slots, and wrong alarms go on."""
+        """Take over the tokens drawn. Finished rows leave their slots; those that might have ended go on."""
         self.column.zero_()
         B = len(self.rows)
         count, ended = self.count[:B].tolist(), self.ended[:B].tolist()
@@ -317,7 +317,7 @@ class Rollout:
         return row.completion is not None
 
     def _remove(self, slot: int) -> None:
-        """Take a row out of its slot and close the hole with the last row."""
+        """Take a row out of its slot and put the last row there."""
         self.cache.remove(self.rows, slot)
         last, lengths = len(self.rows) - 1, self.cache.kv.lengths
         self.rows[slot] = self.rows[last]
@@ -337,8 +337,7 @@ class Sampler:
     slots: rows computed together; max_len: tokens, with the prompt, at which any completion ends; block_len:
     tokens per block of the KV cache, 0 for a dense one (None: 64 on a GPU, else dense); cache_tokens: what
     all blocks hold (None: what the slots may need, on a GPU at most 90 % of free memory). tokenizer may be
-    None: then `text` is "" and nothing stops unless told to.
-    """
+    None: then `text` is "" and nothing stops unless told to."""
 
     def __init__(self, model: Llama, tokenizer, slots=64, max_len=None, block_len=None, cache_tokens=None):
         if slots < 1:
@@ -379,7 +378,7 @@ class Sampler:
                 sent = max(sent, len(data))
 
     def _rollout(self, prompts, n, max_new_tokens, params, seed, stop, request_ids=None) -> Rollout:
-        """Check the requests and line them up."""
+        """Check the requests → their rollout."""
         limits = max_new_tokens if hasattr(max_new_tokens, "__len__") else [max_new_tokens] * len(prompts)
         limits = [list(limit) if hasattr(limit, "__len__") else [limit] * n for limit in limits]
         ids = range(len(prompts)) if request_ids is None else request_ids
@@ -388,7 +387,7 @@ class Sampler:
             if len(values) != len(prompts):
                 raise ValueError(f"{name} has {len(values)} numbers for {len(prompts)} prompts")
         if n < 1 or not all(len(limit) == n and min(limit) >= 1 for limit in limits):
-            raise ValueError(f"n {n} and max_new_tokens must be at least 1, of lists n a prompt")
+            raise ValueError(f"n {n}, max_new_tokens must be at least 1, with n numbers per prompt in a list")
         for i, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {i} is empty: a model needs at least one token to go on from")
@@ -459,9 +458,9 @@ class PagedCache:
     def admit(self, row: Row, slot: int) -> bool:
         whole, rest = divmod(row.cached, self.block_len)
         shared = row.start in self.kept  # of a preempted row, None never is
-        # A block is left to each row in a slot, lest the row comes in only to be preempted at once.
+        # A block is left to each row in a slot: else the new row would be preempted at once.
         if (0 if shared else whole) + 1 + slot > len(self.allocator.available):
-            return not slot and self._let_go() and self.admit(row, slot)
+            return not slot and self._free_prompts() and self.admit(row, slot)
         cache, index = row.start or self._recompute(row)
         blocks = self.kept.pop(row.start) if shared else self.allocator.allocate(whole)
         for i, block in enumerate([] if shared else blocks):
@@ -478,7 +477,7 @@ class PagedCache:
         for row in rows:
             needed = min(row.cached + tokens, len(row.prompt) + row.limit - 1)
             short = -(-needed // self.block_len) - len(row.blocks)
-            if short > len(self.allocator.available) and not (len(rows) == 1 and self._let_go()):
+            if short > len(self.allocator.available) and not (len(rows) == 1 and self._free_prompts()):
                 return False
             row.blocks += self.allocator.allocate(short)
         table = np.zeros(self.kv.table.shape, np.int32)  # 0: empty slots and ended rows write to scratch
@@ -499,7 +498,7 @@ class PagedCache:
             cache.lengths += part.shape[1]
         return cache, 0
 
-    def _let_go(self) -> bool:
+    def _free_prompts(self) -> bool:
         """For the only row: free the blocks kept for waiting rows; these will copy their prompt again."""
         assert self.kept, "make_cache() leaves room for any one row"
         while self.kept:
@@ -557,8 +556,7 @@ def sampling_mode(model: Llama):
 
     No step casts the matrices again; the bits are those of the cast that each layer makes anyway. Each write
     has a place of its own, so the order that use_deterministic_algorithms() asks for cannot matter. It would
-    copy indices to the GPU in the middle of a step, which a CUDA graph cannot record, and forbid cumsum.
-    """
+    copy indices to the GPU in the middle of a step, which a CUDA graph cannot record, and forbid cumsum."""
     mode = torch.get_deterministic_debug_mode()
     masters = {p: p.data for p in model.parameters() if p.ndim > 1 and p.dtype != model.compute_dtype}
     try:
@@ -578,8 +576,7 @@ def unsharded(model: Llama):
 
     So ranks may take different numbers of steps, which an all-gather per layer would not survive. It costs a
     copy of the weights in the compute dtype. Other models are left alone. Enter it outside inference mode:
-    the gathered tensors are used by the training that follows.
-    """
+    the gathered tensors are used by the training that follows."""
     modules = [m for m in model.modules() if hasattr(m, "unshard")]  # FSDP2 gives it to those it has sharded
     if not modules:
         yield
@@ -604,8 +601,7 @@ def truncate(probs: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
 
     Each rule is a threshold: a token as likely as the last one kept is kept too, whatever the order of the
     vocabulary. top-p keeps the fewest tokens, most likely first, whose mass reaches top_p; min-p keeps those
-    of at least min_p times the largest probability (Nguyen et al. 2024).
-    """
+    of at least min_p times the largest probability (Nguyen et al. 2024)."""
     if top_k and top_k < probs.shape[1]:
         probs = probs.masked_fill(probs < probs.topk(top_k).values[:, -1:], 0)
     if top_p < 1:
@@ -618,16 +614,13 @@ def truncate(probs: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
 
 
 def load_model(path: str, device: str = "cpu"):
-    """(model, tokenizer) of a stage's or a checkpoint's folder, ours or Hugging Face's, in the dtype stored.
-
-    ValueError for another tokenizer than the training's; files.find_checkpoint() has the other errors.
-    """
-    folder = files.find_checkpoint(path)
-    tok = load_tokenizer(folder)
-    meta = files.read_json(os.path.join(folder, "meta.json"), missing_ok=True) or {}  # only ours have one
+    """(model, tokenizer) of a checkpoint's folder, ours or Hugging Face's, in the dtype stored. Whether it is
+    whole is seen by files.find_checkpoint(); ValueError for another tokenizer than the training's."""
+    tok = load_tokenizer(path)
+    meta = files.read_json(os.path.join(path, "meta.json"), missing_ok=True) or {}  # only ours have one
     if meta.get("tokenizer", tok.hash) != tok.hash:
-        raise ValueError(f"{folder}: its tokenizer.model is not the one that this model was trained with")
-    model = Llama.from_pretrained(folder).to(device).eval()
+        raise ValueError(f"{path}: its tokenizer.model is not the one that this model was trained with")
+    model = Llama.from_pretrained(path).to(device).eval()
     model.compute_dtype = model.embed.weight.dtype
     return model, tok
 

@@ -49,10 +49,8 @@ from fractions import Fraction
 from statistics import fmean
 
 import mpmath
-from tqdm import tqdm
 
-from data import benchmarks, files
-from data.prompts import STOP, TEMPLATES
+from data import files
 
 MAX_CHARS, MAX_TOKENS = 2_000, 800  # of an answer; longer ones are only equal to themselves
 MAX_DEPTH = 30  # of nested groups
@@ -1008,7 +1006,9 @@ def is_correct(answer: str | None, row: dict) -> bool:
     is correct, and so is the text of its option if no other option says the same."""
     if answer is None or is_equivalent(answer, row["answer"]):
         return answer is not None
-    said = [letter for letter, text in benchmarks.options(row).items() if is_equivalent(answer, text)]
+    from data.benchmarks import options
+
+    said = [letter for letter, text in options(row).items() if is_equivalent(answer, text)]
     return said == [row["answer"]] and not re.fullmatch(r"\W*(text\W*)?[A-H]\W*", answer)  # another letter
 
 
@@ -1018,6 +1018,8 @@ def sample_and_grade(sampler, problems: list[dict], prompts: list[list[int]], gr
     prompts: token ids of each problem; grade: whatever the caller wants to know of a response; stop: as in
     Sampler.generate, None for end-of-text and the strings at which a base model starts the next question;
     request_ids: numbers of the problems, by which they draw their random numbers (0, 1, ... if None)."""
+    from data.prompts import STOP
+
     stop = (*sampler.tokenizer.stop_ids, *STOP) if stop is None else stop
     groups = sampler.generate(prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
                               stop=stop, request_ids=request_ids)
@@ -1058,15 +1060,19 @@ def majority(group: list[dict]) -> bool:
 
 def run_benches(args) -> None:
     """Every benchmark that is not finished yet, its problems spread over the ranks that torchrun started."""
+    from data import benchmarks
+
     chosen = benchmarks.THIRTEEN if args.bench == "paper" else args.bench.split(",")
     for name in chosen:  # an unknown name and too many shots are errors before anything is fetched
         benchmarks.prompt(name, "", args.shots, args.template)
-    folder = files.find_checkpoint(args.ckpt)
+    if not os.path.isdir(args.ckpt):
+        raise FileNotFoundError(f"{args.ckpt}: no such folder")
     suites = {name: benchmarks.load_problems(name, args.data, args.limit, args.seed) for name in chosen}
     import midtrain  # imports torch, which takes a second
     from sample import Sampler, load_model
 
     world, out, results = midtrain.setup(), args.out or os.path.join(args.ckpt, "bench"), {}
+    folder = midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt))
     sampler = Sampler(*load_model(folder, str(world.device)))
     for name, problems in suites.items():
         for warning in benchmarks.seen_in_training(os.path.dirname(os.path.dirname(folder)), name, problems):
@@ -1086,6 +1092,9 @@ def run_benches(args) -> None:
 def bench_rows(sampler, name: str, problems: list[dict], args, world) -> list[dict]:
     """Sample and grade, on every rank each size-th problem → rows; on rank 0 those of all, by problem."""
     import torch.distributed as dist
+    from tqdm import tqdm
+
+    from data import benchmarks
 
     def grade(text: str, problem: dict) -> dict:
         answer = extract_answer(text, box_only=args.shots == 0)
@@ -1122,8 +1131,11 @@ def finished(path: str, settings: dict) -> dict | None:
     if made is None or not os.path.isfile(path):
         return None
     files.check_same_settings(path, made, settings)
+    rows = list(files.read_jsonl(path))
+    if len(rows) < settings["items"] * settings["n"]:
+        return None
     files.print0(f"{path} is finished: skipped")
-    return summarise(list(files.read_jsonl(path)), settings["n"])
+    return summarise(rows, settings["n"])
 
 
 def as_table(results: dict[str, dict], n: int) -> str:
@@ -1151,8 +1163,12 @@ def as_table(results: dict[str, dict], n: int) -> str:
 
 def grade_file(path: str, out: str | None) -> None:
     """Grade a file's responses, print the share of correct ones, write the rows to `out`."""
+    from tqdm import tqdm
+
+    from data.benchmarks import read_rows
+
     pairs, graded = (("response", "gold"), ("solution", "answer")), []  # the names of (text, gold)
-    rows = list(benchmarks.read_rows(path, *pairs))
+    rows = list(read_rows(path, *pairs))
     if not rows:
         raise ValueError(f"{path} has no rows")
     start = time.perf_counter()
@@ -1171,6 +1187,8 @@ def grade_file(path: str, out: str | None) -> None:
 
 
 def main() -> None:
+    from data import benchmarks, prompts
+
     parser = files.ArgumentParser(description=__doc__[: __doc__.index("\n\nReward")])
     add = parser.add_argument
     add("--grade", metavar="FILE", help='grade JSON lines {"response", "gold"} or {"solution", "answer"}')
@@ -1181,13 +1199,13 @@ def main() -> None:
     add("--data", metavar="DIR", help="folder of the public files; without it, from the Hugging Face hub")
     add("--shots", default="0", metavar="N", help="number of solved examples before the question; paper: as "
         "many as there; 0 (default): none, and only a box is an answer, as in RL")
-    add("--template", choices=TEMPLATES, default="simple", help="of the prompt (default %(default)s)")
+    add("--template", choices=prompts.TEMPLATES, default="simple", help="template (default %(default)s)")
     add("--n", "--samples", type=int, default=1, metavar="K",
         help="number of responses to each problem, for pass@k and maj@k (under torchrun: --samples)")
-    add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default)")
-    add("--max-new-tokens", type=int, default=1024, help="of the longest response (default %(default)s)")
+    add("--temperature", type=float, default=0.0, help="temperature of sampling; 0 is greedy (default)")
+    add("--max-new-tokens", type=int, default=1024, help="longest response in tokens (default %(default)s)")
     add("--limit", type=int, help="take only the first LIMIT problems (synth: make so many, default 500)")
-    add("--seed", type=int, default=0, help="of the sampling, and of synth's problems")
+    add("--seed", type=int, default=0, help="seed of the sampling, and of synth's problems")
     args = parser.parse_args()
     if (args.grade is None) == (args.ckpt is None):
         parser.error("give --grade FILE or --ckpt DIR, one of the two")

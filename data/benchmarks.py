@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import prompts, recipes, synth
-from data.files import read_json, read_jsonl
+from data.files import numbered_jsonl, read_json
 
 
 class Hub(NamedTuple):
@@ -46,8 +46,8 @@ def last_box(solution: str) -> str:
 
 def _with_options(row: dict) -> tuple[str, str]:
     letters = ", ".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGH", row["choices"]))
-    asked = "What of the following is the right choice? Explain your answer."
-    return f"{row['question']}\n{asked}\n{letters}", "ABCDEFGH"[row["answer"]]
+    task = "What of the following is the right choice? Explain your answer."
+    return f"{row['question']}\n{task}\n{letters}", "ABCDEFGH"[row["answer"]]
 
 
 def _usual_columns(row: dict) -> tuple[str, str]:
@@ -115,7 +115,7 @@ def load_problems(source: str, data_dir=None, limit: int | None = None, seed: in
 def read_rows(path: str | Path, *pairs: tuple[str, str]) -> Iterator[dict]:
     """Rows of a file of JSON lines that have both names of one of the pairs, as text. Numbers become text."""
     wanted = " or ".join(" and ".join(f'"{name}"' for name in pair) for pair in pairs)
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in numbered_jsonl(path):
         pair = next((pair for pair in pairs if pair[0] in row and pair[1] in row), pairs[0])
         if not isinstance(row.get(pair[0]), str) or type(row.get(pair[1])) not in (str, int, float):
             raise ValueError(f"{path}, line {number}: a row needs {wanted}, as text")
@@ -162,8 +162,8 @@ def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
     folder: of the stage. An RL run's prompts are compared with the problems, text by text."""
     warnings, stage = [], Path(folder)
     config = read_json(stage / "config.json", missing_ok=True) or {}
-    if isinstance(path := config.get("prompts"), str) and Path(path).is_file():
-        trained = {_plain(str(row.get("problem", ""))) for row in read_jsonl(Path(path))}
+    if (path := config.get("prompts")) and (path in BENCHMARKS or Path(path).is_file()):
+        trained = {_plain(row["problem"]) for row in load_problems(path, config.get("data"))}
         if same := sum(_plain(row["problem"]) in trained for row in rows):
             warnings.append(f"{same} of the {len(rows)} problems of {name} are among the prompts of its RL, "
                             f"{path}" + "; report math500 instead" * (name == "math"))

@@ -34,9 +34,10 @@ def atomic_write(path: Path, mode: str = "w"):
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
         os.replace(aside, path)
-    finally:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(aside)  # what a failure leaves, a full disk first of all
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,9 +71,10 @@ def read_json(path: Path, missing_ok: bool = False) -> dict | None:
     return value
 
 
-def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
-    """The rows of a .jsonl or .jsonl.gz file, a JSON object per line; empty lines are skipped. count: is told
-    the bytes of each row. A damaged line is a ValueError that names it, no such file a FileNotFoundError."""
+def numbered_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[tuple]:
+    """(line number, row) of the rows of a .jsonl or .jsonl.gz file, a JSON object per line; empty lines are
+    skipped. count: is told the bytes of each row. A damaged line is a ValueError that names it, no such file
+    a FileNotFoundError."""
     number = 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
@@ -80,11 +82,16 @@ def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> 
                 if line.strip():
                     row = dict(json.loads(line.decode()))
                     count(len(line))
-                    yield row
+                    yield number, row
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; JSON lines are wanted") from None
+        raise FileNotFoundError(f"{path}: no such file (public ones: data/README.md)") from None
     except (ValueError, TypeError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile):
         raise ValueError(f"{path}, line {number}: not one JSON object in UTF-8, or truncated") from None
+
+
+def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
+    """The rows alone."""
+    return (row for _, row in numbered_jsonl(path, count))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,13 +131,14 @@ def latest_checkpoint(run_dir: str) -> str | None:
     return None
 
 
-def is_whole(path: str) -> bool:
-    """Do all files of a checkpoint have the sizes and the checksums that they were written with?"""
+def is_whole(path: str, state: bool = True) -> bool:
+    """Do a checkpoint's files have the sizes and checksums they were written with? state: that part too?"""
     try:
         meta = read_json(os.path.join(path, "meta.json"))
-        files = tuple(os.path.join(path, name) for name in meta["files"])
+        names = [name for name in meta["files"] if state or not name.startswith("state")]
+        files, sums = tuple(os.path.join(path, name) for name in names), tuple(map(meta["sha256"].get, names))
         modified = tuple(os.stat(file).st_mtime_ns for file in files)
-        return _matches(files, tuple(meta["files"].values()), tuple(meta["sha256"].values()), modified)
+        return _matches(files, tuple(map(meta["files"].get, names)), sums, modified)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -153,7 +161,8 @@ def find_checkpoint(path: str) -> str:
         raise FileNotFoundError(f"no whole checkpoint in {path}: all of them are damaged")
     if not any(name.endswith(".safetensors") for name in os.listdir(path)):
         raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/ nor *.safetensors")
-    if "files" in (read_json(os.path.join(path, "meta.json"), missing_ok=True) or {}) and not is_whole(path):
+    meta = read_json(os.path.join(path, "meta.json"), missing_ok=True) or {}  # none of Hugging Face's has one
+    if "files" in meta and not is_whole(path, state=False):
         raise ValueError(f"{path} is damaged: give another one, or its run's folder for the newest whole one")
     return path
 
@@ -211,7 +220,7 @@ def differences(old: dict, new: dict) -> str:
 def check_same_settings(made: Path, old: dict, new: dict) -> None:
     """ValueError that names what differs, if `made` was made with other settings. old: as read from JSON."""
     if changed := differences(old, json.loads(json.dumps(new))):
-        raise ValueError(f"{made} was made with other settings ({changed}): use another --out")
+        raise ValueError(f"{made} was made with other settings ({changed}): use another --out, or delete it")
 
 
 # ---- Programs ----------------------------------------------------------------------------------------------

@@ -42,16 +42,16 @@ class Loader:
         self.counts = block_counts(mixture)  # (sources,) sequences of each in a block
         self.sizes = np.array([_sequences(shard, seq_len) for shard in self.train])  # (sources,)
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rank's B / world rows of the batch of this step."""
-        rows = self._rows(world)
+    def batch(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """Rank's B / ranks rows of the batch of this step."""
+        rows = self._rows(ranks)
         source, sequence = self.order(np.arange(rows) + step * self.batch_size + rank * rows)
         return _assemble([self.train[s] for s in source], sequence, source, self.seq_len)
 
-    def _rows(self, world: int) -> int:
-        if self.batch_size % world:
-            raise ValueError(f"a batch of {self.batch_size} sequences cannot be divided among {world} ranks")
-        return self.batch_size // world
+    def _rows(self, ranks: int) -> int:
+        if self.batch_size % ranks:
+            raise ValueError(f"a batch of {self.batch_size} sequences cannot be divided among {ranks} ranks")
+        return self.batch_size // ranks
 
     def order(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions (n,) of the endless order → (source, sequence inside the source's shard), each (n,)."""
@@ -80,10 +80,10 @@ class Loader:
         seen = blocks * self.counts + np.bincount(source, minlength=len(self.counts))
         return dict(zip(self.names, seen.tolist(), strict=True))
 
-    def validation(self, batches: int, rank: int = 0, world: int = 1) -> Iterator[tuple[str, Batch]]:
+    def validation(self, batches: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, Batch]]:
         """(source, batch) over the beginning of each source's held-out shard, at most `batches` per source.
         Every rank gets as many batches, of the same shape: behind a shard's end are rows without targets."""
-        rows = self._rows(world)
+        rows = self._rows(ranks)
         for s, (name, shard) in enumerate(zip(self.names, self.val, strict=True)):
             total = _sequences(shard, self.seq_len)
             for first in range(0, min(total, batches * self.batch_size), self.batch_size):

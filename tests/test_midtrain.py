@@ -537,7 +537,7 @@ midtrain.train_step = train_step
 def test_two_runs_do_not_share_a_folder(train, tmp_path, monkeypatch):
     monkeypatch.setattr(midtrain, "LOCK_WAIT", 0.5)
     with (
-        midtrain.run_lock(str(tmp_path / "base")),
+        midtrain.lock_for_all(str(tmp_path / "base")),
         pytest.raises(ValueError, match=f"process {os.getpid()} is working in"),
     ):
         train(tmp_path, "--branch", "base")
@@ -851,3 +851,18 @@ def test_a_plan_that_does_not_fit_is_refused(monkeypatch):
     ):
         midtrain.check_memory(midtrain.PRESETS["tiny"], args, "bf16", card)
     midtrain.check_memory(midtrain.PRESETS["8b"], args, "bf16", midtrain.World())  # a CPU needs no plan
+
+
+def test_the_plan_of_the_papers_sizes():
+    """GiB per GPU at the peak, as README and preset say: 1b fits one card of 80 GB, 8b eight with
+    recomputation."""
+    for preset, gpus, recompute, peak in (
+        ("1b", 1, False, 67.1),
+        ("1b", 8, False, 49.8),
+        ("8b", 8, True, 24.6),
+    ):
+        run = midtrain.RUNS[preset]
+        args = SimpleNamespace(replicate=1, activation_checkpointing=recompute, seq_len=run["seq_len"])
+        args.batch, args.micro_batch = run["batch"], run["micro_batch"]
+        plan = midtrain.memory_plan(midtrain.PRESETS[preset], args, "bf16", gpus)
+        assert plan["peak"] / 2**30 == pytest.approx(peak, abs=0.1), (preset, gpus)

@@ -556,7 +556,7 @@ def test_a_limit_for_each_sample():
     limits = [[3, 9, 1], [5, 2, 8]]
     results = Sampler(random_llama(), None).generate(PROMPTS[:2], n=3, max_new_tokens=limits, stop=())
     assert [[len(c.tokens) for c in group] for group in results] == limits
-    with pytest.raises(ValueError, match="of lists n a prompt"):
+    with pytest.raises(ValueError, match="with n numbers per prompt"):
         Sampler(random_llama(), None).generate(PROMPTS[:2], n=3, max_new_tokens=[[1, 2], [3, 4]])
 
 
@@ -685,14 +685,14 @@ def test_a_damaged_checkpoint_is_never_loaded(stage, tmp_path, capsys):
         data[1000:2000] = bytes(1000)
         (path / "model.safetensors").write_bytes(data)
         with pytest.raises(ValueError, match=f"{path.name} is damaged"):
-            sample.load_model(str(path))
+            files.find_checkpoint(str(path))
         files.print0_once.cache_clear()
         if found:
             assert files.find_checkpoint(str(tmp_path / "long")) == str(found)
             assert f"{path} is damaged: taking the one before it" in capsys.readouterr().out
-            assert sample.load_model(str(tmp_path / "long"))
+            assert sample.load_model(files.find_checkpoint(str(tmp_path / "long")))
     with pytest.raises(FileNotFoundError, match="no whole checkpoint in .*long: all of them are damaged"):
-        sample.load_model(str(tmp_path / "long"))
+        files.find_checkpoint(str(tmp_path / "long"))
 
 
 def test_load_refuses_another_tokenizer_of_the_same_size(words, tmp_path):
@@ -731,10 +731,10 @@ def command(monkeypatch, *args: str) -> int:
     return end.value.code
 
 
-def test_callline(stage, words, monkeypatch, capsys):
+def test_command_line(stage, words, monkeypatch, capsys):
     call = ("--ckpt", stage, "the cat", "--max-new-tokens", 12, "--seed", 3)
     assert command(monkeypatch, *call, "--template", "none") == 0
-    sampler = Sampler(*sample.load_model(str(stage)))
+    sampler = Sampler(*sample.load_model(files.find_checkpoint(str(stage))))
     completion = sampler.generate([words.encode("the cat")], max_new_tokens=12, seed=3)[0][0]
     assert capsys.readouterr().out == completion.text + "\n"
     assert command(monkeypatch, *call, "--n", 3, "--template", "simple", "--top-k", 5) == 0
@@ -789,7 +789,7 @@ def test_conversation(stage, monkeypatch, capsys):
         (("--ckpt", "STAGE", "x", "--topp", "1"), "valid flags: .*--top-p"),
     ],
 )
-def test_callline_errors(args, message, stage, monkeypatch, capsys):
+def test_command_line_errors(args, message, stage, monkeypatch, capsys):
     assert command(monkeypatch, *(str(stage) if arg == "STAGE" else arg for arg in args)) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and re.search(message, captured.err), captured.err
@@ -849,3 +849,14 @@ def test_fsdp_ranks_sample_what_one_process_samples(tmp_path):
             for p in model.parameters():
                 p -= 0.5 * p.grad
     assert json.loads((tmp_path / "results.json").read_text()) == expected
+
+
+def test_a_checkpoint_copied_without_its_state_is_sampled(stage, tmp_path):
+    """What only a resume reads may be missing in a folder that is named itself."""
+    copy = tmp_path / "copied"
+    shutil.copytree(stage / "checkpoints/step_000010", copy)
+    meta = json.loads((copy / "meta.json").read_text())
+    meta["files"]["state/__0_0.distcp"], meta["sha256"]["state/__0_0.distcp"] = 7, "0"
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert sample.load_model(files.find_checkpoint(str(copy)))
+    assert not files.is_whole(str(copy))
