@@ -91,7 +91,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class World:
     """The processes that train together, and which of them this is. One process is a world of one."""
-
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
@@ -107,8 +106,8 @@ def _paper(lr: float, micro_batch: int, controlled_lr: float) -> dict:
     Its controlled runs (section 3): 20B tokens, only of the 3B model; the rates of the other two are ours."""
     return {
         "steps": _stages(None, 50_000, 5_000, 5_000), "lr": _stages(None, lr, lr, controlled_lr), "warmup": 0,
-        "batch": 512, "micro_batch": micro_batch, "seq_len": 8192, "save_every": 500, "eval_every": 1000,
-        "log_every": 1,
+        "batch": 512, "micro_batch": micro_batch, "seq_len": 8192,
+        "save_every": 500, "eval_every": 1000, "log_every": 1,
     }
 
 
@@ -210,7 +209,6 @@ def validate(model: Llama, loader: Loader, mixture: dict, micro_batch: int, worl
 @dataclass(frozen=True)
 class Settings:
     """What decides a stage's result, saved as its config.json. A folder with other settings is refused."""
-
     stage: str
     preset: str
     starts_from: str  # "random", a stage, or the folder given by --init
@@ -296,11 +294,10 @@ def run_stage(stage: str, args, world: World) -> None:
 
 
 def is_finished(stage_dir: str) -> bool:
-    path = files.latest_checkpoint(stage_dir)
-    if path is None:
+    if (path := files.latest_checkpoint(stage_dir)) is None:
         return False
-    steps = files.read_json(f"{stage_dir}/config.json")["steps"]
-    return files.read_json(f"{path}/meta.json")["step"] >= steps
+    meta, settings = map(files.read_json, (f"{path}/meta.json", f"{stage_dir}/config.json"))
+    return meta["step"] >= settings["steps"]
 
 
 def open_data(args) -> str:
@@ -870,20 +867,20 @@ def mixture(text: str) -> dict[str, float] | str:
 
 def parse_args():
     p = files.ArgumentParser(description=__doc__)
-    p.add_argument("--branch", choices=RECIPE, help="stage to run; what it stands on runs first")
-    p.add_argument("--preset", default="tiny", choices=RUNS, help="sizes and schedule (default tiny)")
-    p.add_argument("--init", metavar="DIR", help="Hugging Face Llama to start from, in place of the base")
-    p.add_argument("--data", metavar="DIR", help="shards made by data.prepare; tiny generates its own")
-    p.add_argument("--out", metavar="DIR", help="run folder, with one folder per stage (default runs/PRESET)")
-    p.add_argument("--mix", type=mixture, metavar="A=X,B=Y", help="mixture of the stage that --branch names: "
-                   "shares of tokens, sum 1; or a name from CONTROLLED in data/recipes.py")
-    p.add_argument("--seed", type=int, default=0, help="seed of data, order and first weights (default 0)")
-    p.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the activations")
+    add = p.add_argument
+    add("--branch", choices=RECIPE, help="stage to run; what it stands on runs first")
+    add("--preset", default="tiny", choices=RUNS, help="sizes and schedule (default tiny)")
+    add("--init", metavar="DIR", help="Hugging Face Llama to start from, in place of the base")
+    add("--data", metavar="DIR", help="shards made by data.prepare; tiny generates its own")
+    add("--out", metavar="DIR", help="run folder, with one folder per stage (default runs/PRESET)")
+    add("--mix", type=mixture, metavar="A=X,B=Y", help="shares of its sources, or a controlled mixture")
+    add("--seed", type=int, default=0, help="seed of data, order and first weights (default 0)")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the activations")
     for name, (kind, _, text) in FLAGS.items():
-        p.add_argument("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
-    p.add_argument("--compile", action="store_true", help="torch.compile each block: faster on GPUs")
-    p.add_argument("--activation-checkpointing", action="store_true", help="recompute them: less memory")
-    p.add_argument("--plan", action="store_true", help="print size, cost and GPU memory of the stage")
+        add("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
+    add("--compile", action="store_true", help="torch.compile each block: faster on GPUs")
+    add("--activation-checkpointing", action="store_true", help="recompute them: less memory")
+    add("--plan", action="store_true", help="print size, cost and GPU memory of the stage")
     args = p.parse_args()
     if not args.branch:
         raise ValueError(f"--branch is needed: one of {', '.join(RECIPE)}")

@@ -113,7 +113,6 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
 @dataclass(frozen=True)
 class LossConfig:
     """Which variant of the loss; each field is the flag of the same name."""
-
     surrogate: str = "clip"  # | "gspo" | "cispo"
     loss_agg: str = "token"  # | "sequence" | "constant"
     clip_low: float = 0.2  # a ratio may fall to 1 - this
@@ -213,7 +212,6 @@ def prompt_order(n: int, per_step: int, step: int, seed: int) -> list[int]:
 @dataclass
 class Sample:
     """One response to one problem, as sampled: its ids are never made from text again."""
-
     group: int  # place of its problem in the step
     prompt: list[int]
     tokens: list[int]  # sampled ids, the stop token included
@@ -325,7 +323,6 @@ def shares_prompts(device) -> bool:
 @dataclass
 class PackedRow:
     """Responses that go through the model side by side."""
-
     prefix: list[int]  # what they all go on from: a shared prompt without its last token, or nothing
     samples: list[Sample]
 
@@ -369,7 +366,6 @@ def pack_rows(samples: list[Sample], width: int, share: bool) -> list[PackedRow]
 @dataclass
 class MicroBatch:
     """Rows for one forward pass, and where the responses' log-probabilities are in its output."""
-
     tokens: Tensor  # (B, W) prompts and responses, several to a row
     targets: Tensor  # (B, W) the next token where that was sampled, else -1
     doc_start: Tensor  # (B, W)
@@ -569,9 +565,8 @@ def evaluate(sampler: Sampler, held_out: list[dict], step: int, name: str, args,
     more = f"(correct {m['length_correct'] or 0:.0f}), truncated {m['truncated']:.1%}"
     files.print0(f"[{name}] step {step}/{args.steps} held-out: {correct} {more}")
     row = {"eval_n": len(problems), "steps": args.steps, "time_eval": time.perf_counter() - start}
-    for key in ("accuracy", "length", "length_correct", "length_wrong", "truncated"):
-        row["eval_" + key] = m[key]
-    return row
+    kept = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
+    return row | {"eval_" + key: m[key] for key in kept}
 
 
 def line(m: dict) -> str:
@@ -704,27 +699,26 @@ MAY_CHANGE = ("out", "steps", "threads", "log_every", "save_every", "text_every"
 
 def parse_args():
     p = files.ArgumentParser(prog="rl.py", description=__doc__)
-    p.add_argument("--branch", choices=BRANCHES, help="start from this stage of --out")
-    p.add_argument("--ckpt", metavar="DIR", help="or from this checkpoint, ours or a Hugging Face Llama's")
-    p.add_argument("--out", metavar="DIR", help="folder of the runs (default runs/PRESET): DIR/rl-START")
-    p.add_argument("--preset", default="tiny", choices=SIZE_COLUMN, help="which sizes (default tiny)")
-    p.add_argument("--prompts", metavar="FILE", help="JSON lines of problem and answer, a benchmark's name, "
-                   "or hub:ID[:PART[:SPLIT]] (default: the generated corpus)")
-    p.add_argument("--eval", metavar="FILE", help="held-out problems, given like --prompts (default: a tenth "
-                   "of --prompts, or the generated corpus's test split)")
-    p.add_argument("--data", metavar="DIR", help="folder of the benchmarks' files (default: the hub)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the order of the prompts and of sampling")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads per process")
-    p.add_argument("--dtype", default="auto", choices=("auto", *midtrain.DTYPES), help="dtype of activations")
-    p.add_argument("--template", default="simple", choices=prompts.TEMPLATES, help="what surrounds a problem")
-    p.add_argument("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
+    add = p.add_argument
+    add("--branch", choices=BRANCHES, help="start from this stage of --out")
+    add("--ckpt", metavar="DIR", help="or from this checkpoint, ours or a Hugging Face Llama's")
+    add("--out", metavar="DIR", help="folder of the runs (default runs/PRESET): DIR/rl-START")
+    add("--preset", default="tiny", choices=SIZE_COLUMN, help="which sizes (default tiny)")
+    add("--prompts", metavar="FILE", help="JSON lines, a benchmark's name, or hub:ID[:PART[:SPLIT]]")
+    add("--eval", metavar="FILE", help="held-out problems, given likewise (default: a tenth of them)")
+    add("--data", metavar="DIR", help="folder of the benchmarks' files (default: the hub)")
+    add("--seed", type=int, default=0, help="seed of the order of the prompts and of sampling")
+    add("--threads", type=int, metavar="N", help="CPU threads per process")
+    add("--dtype", default="auto", choices=("auto", *midtrain.DTYPES), help="dtype of activations")
+    add("--template", default="simple", choices=prompts.TEMPLATES, help="what surrounds a problem")
+    add("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
     for name, (default, text) in VARIANTS.items():
         flag, choices = "--" + name.replace("_", "-"), default if isinstance(default, tuple) else None
         default = default[0] if choices else default
-        p.add_argument(flag, type=type(default), default=default, choices=choices, help=text)
+        add(flag, type=type(default), default=default, choices=choices, help=text)
     for name, (ours, paper, text) in SIZES.items():
         text = f"{text} (tiny {ours}, paper {paper})"
-        p.add_argument("--" + name.replace("_", "-"), type=type(ours), metavar="X", help=text)
+        add("--" + name.replace("_", "-"), type=type(ours), metavar="X", help=text)
     args = p.parse_args()
     for name, row in SIZES.items():
         if getattr(args, name) is None:

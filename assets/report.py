@@ -6,6 +6,7 @@
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import midtrain
@@ -166,9 +167,9 @@ def report_folder(out: str) -> list[dict]:
         raise FileNotFoundError(f"no stage and no finished rl-* run in {out}")
     table = rl_rows(runs)
     if stages:
-        publish(out, "midtrain", stage_table(stages), lambda path: plot_stages(stages, path))
+        publish(out, "midtrain", stage_table(stages), partial(plot_stages, stages))
     if runs:
-        publish(out, "report", rl_table(table), lambda path: plot_rl(runs, path))
+        publish(out, "report", rl_table(table), partial(plot_rl, runs))
     return table
 
 
@@ -183,7 +184,7 @@ def main() -> None:
     parser.add_argument("out", nargs="+", metavar="DIR", help="run folders; several: seeds of one experiment")
     outs = parser.parse_args().out
     tables = [report_folder(out) for out in outs]
-    if len(outs) > 1:
+    if len(outs) > 1 and any(tables):
         print(seeds_table(outs, tables))
 
 
