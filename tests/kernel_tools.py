@@ -122,7 +122,7 @@ def resources(compiled) -> dict:
 
 
 def guarded(*shape: int, dtype=torch.float32, device="cpu", scale=1.0, seed=0) -> Tensor:
-    """Random numbers with NaN in the memory before and after: whatever reads outside gives itself away."""
+    """Random numbers with NaN in the memory before and after, so that a read outside shows in the result."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
     n, margin = values.numel(), 4096
     memory = torch.full((n + 2 * margin,), torch.nan, dtype=dtype, device=device)

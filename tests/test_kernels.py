@@ -50,7 +50,7 @@ class Process:
 
 
 def prepare() -> None:
-    """Kernels on CPU tensors too; NaN in what torch.empty gives, so that no result rests on luck."""
+    """Kernels on CPU tensors too; NaN in what torch.empty gives, so that what is not written shows."""
     llama.KERNEL_DEVICES.add("cpu")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
