@@ -2,7 +2,7 @@
 
 A forward pass: tokens (B, T) → embeddings (B, T, hidden) → in each block, attention among the tokens of a
 document and an MLP on each token, both added to the residual stream → a last norm → logits (B, T, vocab), or
-the loss of each token. The model reads alone, top to bottom, and ends at "Below: faster, and elsewhere".
+the loss of each token. The model can be read alone, top to bottom, down to "Below: faster, and elsewhere".
 
 1. Each operation is one function. On a GPU it calls a Triton kernel (`if has_kernels(x)`); what stands after
    that is plain PyTorch, which is what a CPU runs. One exception: attention over packed documents, which a

@@ -679,18 +679,18 @@ SIZE_COLUMN = {"tiny": 0, "small": 0, "1b": 1, "3b": 1, "8b": 1}  # which column
 # The loss and its data: flag → (default, or choices with the default first; what it is)
 VARIANTS = {
     "temperature": (1.0, "temperature of sampling, and of the policy that is trained"),
-    "advantage": (("group", "mean", "rloo"), "see advantages()"),
-    "surrogate": (("clip", "gspo", "cispo"), "see grpo_loss()"),
-    "loss_agg": (("token", "sequence", "constant"), "see grpo_loss()"),
+    "advantage": (("group", "mean", "rloo"), "how a response is compared with its group: see advantages()"),
+    "surrogate": (("clip", "gspo", "cispo"), "the policy-gradient objective: see grpo_loss()"),
+    "loss_agg": (("token", "sequence", "constant"), "what the loss is a mean over: see grpo_loss()"),
     "clip_low": (0.2, "a ratio may fall to 1 - this"),
-    "clip_high": (0.2, "and grow to 1 + this; DAPO: 0.28"),
+    "clip_high": (0.2, "a ratio may grow to 1 + this; DAPO: 0.28"),
     "dual_clip": (0.0, "bound for bad tokens grown likely (3; 0: off)"),
     "is_cap": (0.0, "cap of truncated importance weights for the gap (2; 0: off)"),
-    "kl_coef": (0.0, "pull towards the starting point (0: it is not loaded)"),
-    "kl": (("k3", "k1", "k2"), "see kl_estimate()"),
-    "filter": (("none", "drop", "refill"), "do not count groups of equal rewards, or replace them (DAPO)"),
-    "refills": (4, "times to take other problems at most in a step"),
-    "overlong": (("keep", "mask", "punish"), "do not count truncated responses, or take 1 off (DAPO)"),
+    "kl_coef": (0.0, "weight of the KL to the starting point (0: that is not loaded)"),
+    "kl": (("k3", "k1", "k2"), "estimate of the KL: see kl_estimate()"),
+    "filter": (("none", "drop", "refill"), "groups of equal rewards: do not count them, or replace them"),
+    "refills": (4, "how often a step may take other problems, at most"),
+    "overlong": (("keep", "mask", "punish"), "truncated responses: do not count them, or take up to 1 off"),
     "log_every": (1, "steps between lines; metrics.jsonl has every step"),
 }
 # Flags that may differ when a run goes on: the results so far do not depend on them

@@ -7,7 +7,7 @@ split by hash into train, val and test, and all text of a split is made of its o
 problem is new by construction, not only in its words: a model that memorised templates fails on it.
 
 Sources, and what each stands for in the paper's recipe:
-    general    thin mathematics in a lot of talk; answers are stated without steps (Llama's pre-training)
+    general    much talk and little mathematics; answers are stated without steps (Llama's pre-training)
     web        lessons and worked examples in prose, arithmetic drill (MegaMath-Web-Pro-Max)
     noisy      the same with menus, broken lines and wrong results (an unrefined web corpus)
     short_cot  problem, the steps, \\boxed{answer} (OpenMathInstruct, NuminaMath)

@@ -967,6 +967,7 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         ),
         (["--ckpt", "{ckpt}", "--max-prompt", "2"], "no prompt is within --max-prompt 2"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/none.jsonl"], "none.jsonl"),
+        (["--ckpt", "{ckpt}", "--prompts", "synth"], "synth holds test problems"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/empty.jsonl"], "holds no problem"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/key.jsonl"], "key.jsonl, line 2: a row needs"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "text.jsonl, line 1: not one JSON object"),

@@ -535,6 +535,12 @@ def test_problems_seen_in_training_are_said(tmp_path):
     assert said[0].startswith("1 of the 2 problems of math are among the prompts")
     assert said[0].endswith("report math500 instead")
     assert "answers to problems of benchmarks (long_cot" in said[1]
+    # --prompts may name a benchmark too
+    (tmp_path / "math").mkdir()
+    write_lines(tmp_path / "math/test.jsonl", {"problem": "What is $1 + 1$?", "answer": "2"})
+    (stage / "config.json").write_text(json.dumps({"prompts": "math", "data": str(tmp_path)}))
+    said = benchmarks.seen_in_training(str(stage), "math", [{"problem": "what is $1+1$?"}, {"problem": "Q"}])
+    assert said[0].startswith("1 of the 2 problems of math are among the prompts of its RL, math")
 
 
 # ------------------------------------------------------------------------------------------------------------
