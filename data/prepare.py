@@ -170,11 +170,12 @@ def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, prob
     if (index := read_index(out)) is not None:
         files.check_same_settings(out, index["settings"], settings)
         return index
-    for name, source in sources.items():  # before the hours of work, not after them
-        if len(list(itertools.islice(filter(None, source.read()), 2))) < 2:
-            how = "leave it out, or give it more (--keep-overlaps keeps rows marked as a benchmark's)"
-            raise ValueError(f"source {name!r} has fewer than two documents: {how}")
     unfinished = out / "unfinished.json"
+    if not unfinished.exists():  # before the hours of work, not after them; what was begun has passed
+        for name, source in sources.items():
+            if len(list(itertools.islice(filter(None, source.read()), 2))) < 2:
+                how = "leave it out, or give it more (--keep-overlaps keeps rows marked as a benchmark's)"
+                raise ValueError(f"source {name!r} has fewer than two documents: {how}")
     with files.run_lock(out):
         if not unfinished.exists():
             tok = train_tokenizer(sources, vocab) if isinstance(vocab, int) else vocab

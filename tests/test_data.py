@@ -591,6 +591,19 @@ def test_after_a_failure_finished_sources_stay_and_the_source_starts_over(many, 
     assert before == {path: path.stat().st_mtime_ns for path in (many / "cut").glob("a.*")}
 
 
+def test_going_on_reads_only_what_is_missing(many, monkeypatch):
+    stopped(many, "cut")
+    real, read = prepare.read_documents, []
+
+    def noted(spec, *args):
+        read.extend(spec.files)
+        return real(spec, *args)
+
+    monkeypatch.setattr(prepare, "read_documents", noted)
+    prepared(many, "cut")
+    assert read == ["b.jsonl"]
+
+
 def test_what_another_run_left_is_not_taken(many):
     """A shard and a tokenizer without their unfinished.json; other settings, another tokenizer."""
     prepared(many, "whole")
