@@ -3,7 +3,7 @@
 # make test       all tests, on a CPU
 # make real DATA=DIR   a model of 28M parameters on public files (README): shards, base → stable → three branches, losses
 # make bench      the benchmarks: minutes each, figures for the README
-# make lint | clean
+# make lint | clean | distclean (clean keeps runs/, distclean asks before it deletes them)
 #
 # SEED=1 OUT=runs/seed1 another seed; PYTHON=python3.12 another interpreter; JOBS=4 more stages side by side.
 
@@ -82,7 +82,11 @@ lint: $(VENV)/test.ok
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: all recipe real $(STARTS) $(STARTS:%=rl-%) test bench lint clean
+distclean: clean
+	@test ! -d runs || { du -sh runs; printf "delete runs/, every checkpoint in it? [y/N] "; \
+	    read answer; test "$$answer" = y && rm -rf runs || echo "kept"; }
+
+.PHONY: all recipe real $(STARTS) $(STARTS:%=rl-%) test bench lint clean distclean

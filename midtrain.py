@@ -27,7 +27,7 @@ The metrics, one row per step in metrics.jsonl (the line that is printed shows t
     skipped            1 if loss or gradient was not finite (then null): the weights stay; five in a row stop
     val_loss, bits_per_byte, and both with /SOURCE     on held-out text, weighted like the mixture, every
                        --eval-every steps and at the end; bits per byte do not depend on the tokenizer
-    share/SOURCE       in the last row: the share of the sequences that came from each source
+    share/, epochs/    in the last row, by source: its share of the sequences; how often it was gone through
     tokens_per_s, mfu  over the step's own time, without evaluation, checkpoints and the first step; model
                        FLOPs over the peak of a known GPU
 """
@@ -48,7 +48,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -61,7 +61,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data import files, prepare, recipes, shards, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
-from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained
+from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, pick_device
 
 # ---- The recipe --------------------------------------------------------------------------------------------
 
@@ -94,6 +94,11 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+
+    @property
+    def wide(self) -> torch.dtype:
+        """What sums of many losses are kept in: Apple's GPUs have no float64."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
 
 def _stages(base, stable, decay, controlled) -> dict:
@@ -153,25 +158,32 @@ def learning_rate(stage: str, step: int, steps: int, peak: float, warmup: int = 
     return FINAL_LR * peak + (1 - FINAL_LR) * peak * (1 + math.cos(turn)) / 2
 
 
-def add_losses(sums: Tensor, model: Llama, batch: Batch, micro_batch: int, scale: Tensor | None = None):
+def add_losses(sums: Tensor, model, batch: Batch, micro_batch: int, scale=None, stop=lambda: 0) -> bool:
     """sums (sources, 2) += (sum of losses, number of targets) of each source, micro_batch rows at a time.
-    With a scale, scale * (gradient of the sum of losses) is added to the parameters' gradients."""
+    With a scale, scale * (gradient of the sum of losses) is added to the parameters' gradients.
+    False if stop() said so before the last micro-batch."""
     parts = (x.to(sums.device).split(micro_batch) for x in batch)
     for tokens, targets, doc_start, source in zip(*parts, strict=True):
+        if stop():
+            return False
         total, nll = model(tokens, targets, doc_start, reduction="sum")  # (), (b, T)
         if scale is not None:
             (total * scale).backward()
-        rows = torch.stack((nll.double().sum(1), (targets >= 0).double().sum(1)), dim=1)  # (b, 2)
+        rows = torch.stack((nll.to(sums.dtype).sum(1), (targets >= 0).to(sums.dtype).sum(1)), dim=1)  # (b, 2)
         sums.index_add_(0, source, rows)
+    return True
 
 
-def train_step(model: Llama, optimizer, batch: Batch, names: tuple, micro_batch: int, world: World) -> dict:
+def train_step(model, optimizer, batch: Batch, names: tuple, micro_batch: int, world: World, stop) -> dict:
     """One update on this rank's rows of the batch → loss, gradient norm before clipping, loss of each source.
-    If one of the first two is not finite the weights stay as they are, and the row says "skipped"."""
+    If one of the first two is not finite the weights stay as they are, and the row says "skipped". {}: a
+    signal came, stop() said so on every rank before the last micro-batch, and nothing has changed."""
     count = all_sum((batch.targets >= 0).sum().to(world.device), world)  # of all ranks and micro-batches
-    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(len(names), 2, dtype=world.wide, device=world.device)
     # FSDP2 averages gradients over the ranks; their sum is wanted
-    add_losses(sums, model, batch, micro_batch, world.size / count)
+    if not add_losses(sums, model, batch, micro_batch, world.size / count, stop):
+        optimizer.zero_grad()
+        return {}
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     norm = (norm.full_tensor() if world.size > 1 else norm).item()
     loss = (all_sum(sums, world)[:, 0].sum() / count).item()
@@ -189,7 +201,7 @@ def train_step(model: Llama, optimizer, batch: Batch, names: tuple, micro_batch:
 def validate(model: Llama, loader: Loader, mixture: dict, micro_batch: int, world: World, token_bytes):
     """On held-out text of each source: loss in nats per token and in bits per byte, and their means, weighted
     like the mixture. token_bytes (vocab,): how many bytes of text each token stands for."""
-    sums = torch.zeros(len(mixture), 3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
+    sums = torch.zeros(len(mixture), 3, dtype=world.wide, device=world.device)  # nats, tokens, bytes
     for name, batch in loader.validation(EVAL_BATCHES, world.rank, world.size):
         add_losses(sums[:, :2], model, batch, micro_batch)
         sums[list(mixture).index(name), 2] += token_bytes[batch.targets[batch.targets >= 0]].sum()
@@ -211,7 +223,7 @@ class Settings:
     """What decides a stage's result, saved as its config.json. A folder with other settings is refused."""
     stage: str
     preset: str
-    starts_from: str  # "random", a stage, or the folder given by --init
+    starts_from: str  # "random", a stage, or what --init or --from named
     steps: int
     lr: float
     warmup: int
@@ -228,8 +240,8 @@ class Settings:
 def stages_to_run(args) -> list[str]:
     """The stage asked for and, before it, those that it stands on and that are not finished."""
     stages = [args.branch]
-    if files.latest_checkpoint(os.path.join(args.out, args.branch)):
-        return stages  # what it started from does not matter any more
+    if args.start or files.latest_checkpoint(os.path.join(args.out, args.branch)):
+        return stages  # what it started from is named, or does not matter any more
     while (below := RECIPE[stages[0]].stands_on) and not is_finished(os.path.join(args.out, below)):
         if below == "base" and args.init:
             break
@@ -244,7 +256,7 @@ def stages_to_run(args) -> list[str]:
 def run_stage(stage: str, args, world: World) -> None:
     """Train a stage to its end, from where its folder stands. A signal: save and SystemExit(128 + signal)."""
     stage_dir, data_dir = os.path.join(args.out, stage), on_rank0(lambda: open_data(args))
-    settings = resolve_settings(stage, args, data_dir, world)
+    settings, source = on_rank0(lambda: resolve_settings(stage, args, data_dir, world))
     saved = on_rank0(lambda: open_folder(stage_dir, asdict(settings)))  # its newest checkpoint, or None
     meta = files.read_json(f"{saved}/meta.json") if saved else {}
     start, skips = meta.get("step", 0), meta.get("skipped", 0)
@@ -252,42 +264,50 @@ def run_stage(stage: str, args, world: World) -> None:
         return files.print0(f"[{stage}] is finished: {saved}")
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, args.seed + RECIPE[stage].data_seed)
     check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
-    model, optimizer = build_model(settings, saved, args, world)
-    tok = tokenizer.load(data_dir)
-    log, speed, size = MetricsLog(stage_dir, start), Speed(settings, world), token_bytes(tok)
+    model, optimizer = build_model(settings, saved or source, data_dir, args, world)
+    tok, at = tokenizer.load(data_dir), start  # at: the step that was saved last
+    log, speed = MetricsLog(stage_dir, start, args.tensorboard), Speed(settings, world)
     begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
+    begin += f" ({source})" if source not in (None, settings.starts_from) else ""
     work = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps of {args.batch} x"
     where = f"{settings.dtype} on {world.size} x {world.device.type}"
     files.print0(f"[{stage}] {begin}: {work} {args.seq_len} tokens, {where}")
-    with Interrupt(stage) as interrupt:
+    files.print0(f"[{stage}] epochs by the end: {in_words(loader.epochs(settings.steps), '.2g')}")
+
+    def save(step: int) -> str:
+        meta = {"stage": stage, "skipped": skips}
+        return save_checkpoint(stage_dir, step, model, optimizer, tok, meta, args.keep_every)
+
+    with Interrupt(stage, world) as interrupt:
         for step in range(start + 1, settings.steps + 1):
             interrupt.step, last = step, step == settings.steps
             lr = learning_rate(stage, step - 1, settings.steps, settings.lr, settings.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with speed:
-                batch = loader.batch(step - 1, world.rank, world.size)
-                row = train_step(model, optimizer, batch, loader.names, args.micro_batch, world)
+                batch, stop = loader.batch(step - 1, world.rank, world.size), interrupt.agreed
+                row = train_step(model, optimizer, batch, loader.names, args.micro_batch, world, stop)
+            if not row:  # dropped, so that what is done is saved before whoever sent the signal kills
+                interrupt.leave(step - 1, save(step - 1) if step - 1 > at else saved)
             row = {"step": step, "lr": lr} | row
-            signum = interrupt.agreed(world)
+            signum = interrupt.agreed()
             if last or step % args.eval_every == 0:  # before saving: rows up to a checkpoint are complete
-                row |= validate(model, loader, settings.mixture, args.micro_batch, world, size)
+                row |= validate(model, loader, settings.mixture, args.micro_batch, world, token_bytes(tok))
             if last:
                 row |= {f"share/{name}": n / (step * args.batch) for name, n in loader.seen(step).items()}
+                row |= {f"epochs/{name}": n for name, n in loader.epochs(step).items()}
             log.write(row | speed.row())
             skips = count_skips(row, skips, stage)
             if last or signum or step == start + 1 or step % args.log_every == 0:
                 files.print0(log_line(row, settings, speed))
             if last or signum or step % args.save_every == 0:
-                meta = {"stage": stage, "skipped": skips}
-                saved = save_checkpoint(stage_dir, step, model, optimizer, tok, meta, args.keep_every)
+                saved, at = save(step), step
             if signum:
-                files.print0(f"[{stage}] stopped after step {step}: saved {saved}, the same command goes on")
-                raise SystemExit(128 + signum)
-        if signum := interrupt.agreed(world):  # it came during the last evaluation or save
+                interrupt.leave(step, saved)
+        if signum := interrupt.agreed():  # it came during the last evaluation or save
             raise SystemExit(128 + signum)
-    shares = ", ".join(f"{key[6:]} {share:.1%}" for key, share in row.items() if key.startswith("share/"))
-    files.print0(f"[{stage}] done: {saved}; sequences seen: {shares}")
+    seen = in_words({key[6:]: value for key, value in row.items() if key.startswith("share/")}, ".1%")
+    files.print0(f"[{stage}] done: {saved}; sequences seen: {seen}")
 
 
 # ---- Below: what a stage needs, then what is shared with rl.py and verify.py -------------------------------
@@ -296,13 +316,25 @@ def run_stage(stage: str, args, world: World) -> None:
 def is_finished(stage_dir: str) -> bool:
     if (path := files.latest_checkpoint(stage_dir)) is None:
         return False
-    meta, settings = map(files.read_json, (f"{path}/meta.json", f"{stage_dir}/config.json"))
-    return meta["step"] >= settings["steps"]
+    meta, settings = files.read_json(f"{path}/meta.json"), read_settings(stage_dir)
+    return settings is not None and meta["step"] >= settings["steps"]
+
+
+def read_settings(stage_dir: str) -> dict | None:
+    """A folder's config.json, None if there is none. ValueError, saying what to do, for a damaged one."""
+    try:
+        return files.read_json(os.path.join(stage_dir, "config.json"), missing_ok=True)
+    except ValueError as error:
+        how = "delete it, and the command that began this folder writes it again, without comparing its flags"
+        raise ValueError(f"{error}: {how}") from None
 
 
 def open_data(args) -> str:
     """The folder of prepared shards; the tiny preset's are generated now if they are not there."""
     run, folder = RUNS[args.preset], args.data or os.path.join(args.out, "data")
+    if args.start and not os.path.exists(folder):  # that of the run it goes on from
+        source = files.find_checkpoint(below(args.branch, args))
+        folder = os.path.join(os.path.dirname(stage_of(source)), "data")
     index = shards.read_index(folder)
     if args.data:
         if not index:
@@ -328,44 +360,84 @@ def resolve_mixture(mix: dict | str | None, corpus: str) -> dict[str, float]:
     return named[mix] if isinstance(mix, str) else mix or {}
 
 
-def resolve_settings(stage: str, args, data_dir: str, world: World) -> Settings:
-    """The preset's table, changed by the flags; --steps, --lr and --mix belong to the stage of --branch."""
-    if world.size % args.replicate:
-        raise ValueError(f"--replicate {args.replicate} does not divide {world.size} ranks")
-    run, below, named = RUNS[args.preset], RECIPE[stage].stands_on, stage == args.branch
-    tok = tokenizer.load(data_dir)
+def mixture_of(stage: str, args, data_dir: str) -> dict[str, float]:
+    """A stage's shares of the sources: its corpus's, or --mix, which belongs to the stage of --branch."""
     corpus = files.read_json(os.path.join(data_dir, "index.json"))["settings"]["corpus"]
     mixtures = recipes.STAGES.get(corpus, {})
-    if named and args.mix:
-        mixtures = mixtures | {stage: resolve_mixture(args.mix, corpus)}
+    if stage == args.branch and args.mix:
+        return resolve_mixture(args.mix, corpus)
     if stage not in mixtures:
         have = f"mixtures for {', '.join(mixtures)}" if mixtures else "no mixtures at all"
         raise ValueError(f"stage {stage} needs --mix source=share,…: the data in {data_dir} has {have}")
-    config = model_shape(args, below, tok.vocab_size)
+    return mixtures[stage]
+
+
+def below(stage: str, args) -> str | None:
+    """The folder, perhaps with @STEP, of the stage that this one goes on from: --from, or its own run's.
+    None: there is none, it starts from --init or from random weights."""
+    name = RECIPE[stage].stands_on
+    if args.start and stage == args.branch:
+        inside = os.path.join(args.start, name)
+        return inside if os.path.isdir(inside) else args.start
+    return None if name is None or (args.init and name == "base") else os.path.join(args.out, name)
+
+
+def stage_of(checkpoint: str) -> str:
+    """RUN/STAGE/checkpoints/step_000123 → RUN/STAGE. ValueError for what is no checkpoint of a stage."""
+    if not os.path.isdir(os.path.join(checkpoint, "state")):
+        raise ValueError(f"--from {checkpoint} has no optimizer state: foreign weights are given by --init")
+    return os.path.dirname(os.path.dirname(os.path.abspath(checkpoint)))
+
+
+def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Settings, str | None]:
+    """(the preset's table, changed by the flags; the checkpoint or --init that the stage starts from).
+    --steps, --lr and --mix belong to the stage of --branch. Without --lr a stage begins at the rate that the
+    one below ended with."""
+    if world.size % args.replicate:
+        raise ValueError(f"--replicate {args.replicate} does not divide {world.size} ranks")
+    run, named, folder, before = RUNS[args.preset], stage == args.branch, os.path.join(args.out, stage), {}
+    own = read_settings(folder) if files.latest_checkpoint(folder) else None
+    source, where = None, below(stage, args)
+    if where and not own:
+        source = files.find_checkpoint(where)
+        before = read_settings(stage_of(source))
+        if args.init and before["starts_from"] != args.init:
+            raise ValueError(f"{where} started from {before['starts_from']}, not from --init {args.init}")
+    tok, mixture = tokenizer.load(data_dir), mixture_of(stage, args, data_dir)
+    config = model_shape(args, (own or before or {}).get("model"), tok.vocab_size, where is None)
     if config.vocab_size < tok.vocab_size:  # more is padding, as Qwen's matrices have it
         raise ValueError(f"{data_dir}'s tokenizer has {tok.vocab_size} ids, this model {config.vocab_size}")
-    start = args.init if args.init and below == "base" else below or "random"
+    start = args.start if named and args.start else RECIPE[stage].stands_on or "random"
+    if where is None and RECIPE[stage].stands_on:
+        start = source = args.init
+    rate = own["lr"] if own else ended_at(before, source) if before else run["lr"][stage]
+    steps = (args.steps if named else own and own["steps"]) or run["steps"][stage]
+    if own and RECIPE[stage].schedule != "cosine":  # it may have been made longer
+        steps = max(steps, own["steps"])
     return Settings(
-        stage=stage, preset=args.preset, starts_from=start, mixture=mixtures[stage], tokenizer=tok.hash,
-        steps=named and args.steps or run["steps"][stage], lr=named and args.lr or run["lr"][stage],
-        warmup=run["warmup"] if stage == "base" else 0, batch=args.batch, seq_len=args.seq_len,
-        dtype=fastest_dtype(world.device) if args.dtype == "auto" else args.dtype, seed=args.seed,
+        stage=stage, preset=args.preset, starts_from=start, mixture=mixture, tokenizer=tok.hash,
+        steps=steps, lr=named and args.lr or rate, warmup=run["warmup"] if stage == "base" else 0,
+        batch=args.batch, seq_len=args.seq_len, seed=args.seed,
+        dtype=fastest_dtype(world.device) if args.dtype == "auto" else args.dtype,
         data=files.file_hash(os.path.join(data_dir, "index.json")),
         model=asdict(replace(config, max_position=max(config.max_position, args.seq_len))),
-    )
+    ), source
 
 
-def model_shape(args, below: str | None, vocab_size: int) -> LlamaConfig:
-    """The preset's shape, with the vocabulary of what it starts from (--init, or the stage below), or of the
-    data. A preset of the paper's takes the whole shape of what it starts from."""
-    config, path, found = PRESETS[args.preset], os.path.join(args.out, below or "", "config.json"), None
-    if args.init and below == "base":
+def ended_at(before: dict, checkpoint: str) -> float:
+    """The learning rate at a checkpoint of a stage with these settings; a warm-up counts as over."""
+    step = files.read_json(os.path.join(checkpoint, "meta.json"))["step"]
+    return learning_rate(before["stage"], step - 1, before["steps"], before["lr"])
+
+
+def model_shape(args, found: dict | None, vocab_size: int, from_init: bool) -> LlamaConfig:
+    """The preset's shape, with the vocabulary of what it starts from (--init, or `found`, the shape of the
+    stage below), or of the data. A preset of the paper's takes the whole shape of what it starts from."""
+    config = PRESETS[args.preset]
+    if args.init and from_init and not found:
         found = config_from_hf(files.read_json(os.path.join(args.init, "config.json")))
-    elif below and os.path.exists(path):
-        try:
-            found = LlamaConfig(**files.read_json(path)["model"])
-        except (KeyError, TypeError):
-            raise ValueError(f"{path} is not the configuration of a stage: use another --out") from None
+    else:
+        found = LlamaConfig(**found) if found else None
     if RUNS[args.preset]["steps"]["base"]:
         return replace(config, vocab_size=found.vocab_size if found else vocab_size)
     found = replace(found or config, max_position=config.max_position)
@@ -374,15 +446,16 @@ def model_shape(args, below: str | None, vocab_size: int) -> LlamaConfig:
     return found
 
 
-def build_model(settings: Settings, saved: str | None, args, world: World) -> tuple[Llama, torch.optim.AdamW]:
-    """Model and optimizer: from the stage's own checkpoint, else the stage below, --init, or random."""
-    config = LlamaConfig(**settings.model)
-    from_init = settings.starts_from == args.init and not saved
+def build_model(settings: Settings, source: str | None, data_dir: str, args, world: World):
+    """(model, optimizer): from the checkpoint `source`, the stage's own or one below it, from --init, or
+    random. ValueError if `source` has another tokenizer than the data."""
+    config, from_init = LlamaConfig(**settings.model), source is not None and source == args.init
     if from_init:
-        check_shape(args.init, config)
-        own_words, data_dir = tokenizer.find(args.init), args.data or os.path.join(args.out, "data")
-        if own_words and not tokenizer.load(own_words).agrees(tokenizer.load(data_dir)):
-            raise ValueError(f"the data was prepared with another tokenizer than {args.init}'s")
+        check_shape(source, config)
+    words = tokenizer.find(source) if source else None
+    if words and not tokenizer.load(words).agrees(tokenizer.load(data_dir)):
+        how = f"prepare the data again with --tokenizer {words}"
+        raise ValueError(f"{data_dir} was prepared with another tokenizer than {source}'s: {how}")
     with torch.device("meta"):  # no rank holds the whole model, not even for a moment
         model = Llama(config)
     model = add_options(model, args.compile, args.activation_checkpointing)
@@ -390,13 +463,12 @@ def build_model(settings: Settings, saved: str | None, args, world: World) -> tu
     model.to_empty(device=world.device)
     model.init_rope()
     if from_init:
-        load_pretrained(model, args.init)
-    elif not saved and settings.starts_from == "random":
+        load_pretrained(model, source)
+    elif not source:
         model.init_weights(settings.seed)
     optimizer = make_optimizer(model, settings.lr)
-    if not from_init and (saved or settings.starts_from != "random"):
-        below = os.path.join(args.out, settings.starts_from)
-        load_checkpoint(saved or on_rank0(lambda: files.latest_checkpoint(below)), model, optimizer)
+    if source and not from_init:
+        load_checkpoint(source, model, optimizer)
     return model, optimizer
 
 
@@ -426,9 +498,10 @@ def setup(threads: int | None = None) -> World:
     """Join the other processes if torchrun started this one, choose the device, make sums repeatable."""
     if threads:
         torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
+    device, ranks = pick_device(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if cuda := device.type == "cuda":
+        if ranks > (cards := torch.cuda.device_count()):
+            raise ValueError(f"{ranks} ranks on a machine with {cards} GPUs: --nproc_per_node={cards}")
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -469,10 +542,24 @@ LOCK_WAIT = 60  # seconds: the ranks of a run that was killed may still be savin
 
 @contextlib.contextmanager
 def lock_for_all(folder: str):
-    """files.run_lock() for all ranks: rank 0 holds it."""
+    """files.run_lock() for all ranks: rank 0 holds it. ValueError if the nodes do not see one folder: each
+    would save its own part of a checkpoint, and nobody could go on from that."""
     with contextlib.ExitStack() as held:
         on_rank0(lambda: held.enter_context(files.run_lock(folder, LOCK_WAIT)))
+        if dist.is_initialized():
+            check_shared(folder)
         yield
+
+
+def check_shared(folder: str) -> None:
+    path = os.path.join(folder, f"seen.{on_rank0(time.time_ns)}")
+    on_rank0(lambda: files.write_text(path, ""))
+    seen, ranks = torch.tensor(int(os.path.exists(path))), dist.get_world_size()
+    dist.all_reduce(seen)
+    on_rank0(lambda: os.remove(path))
+    if seen < ranks:
+        what = f"{ranks - int(seen)} of {ranks} ranks have another {folder} than rank 0"
+        raise ValueError(f"{what}: give an --out on a file system that all nodes share")
 
 
 @contextlib.contextmanager
@@ -506,11 +593,11 @@ def clean_exit():
 
 
 class Interrupt:
-    """Around a loop of steps. Ctrl-C and SIGTERM wait for the end of the step: ask agreed() in every one. An
+    """Around a loop of steps. Ctrl-C and SIGTERM are only noted: ask agreed() where the loop can be left. An
     error that leaves the loop carries `where`, the step that it happened in."""
 
-    def __init__(self, name: str):
-        self.name, self.step, self.signum, self.when = name, 0, 0, 0.0
+    def __init__(self, name: str, world: World):
+        self.name, self.world, self.step, self.signum, self.when = name, world, 0, 0, 0.0
 
     def __enter__(self):
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -527,13 +614,19 @@ class Interrupt:
             raise KeyboardInterrupt
         self.signum, self.when = signum, time.monotonic()
 
-    def agreed(self, world: World) -> int:
+    def agreed(self) -> int:
         """The signal that any rank got, or 0: the same answer on every rank."""
-        if world.size == 1:
+        if self.world.size == 1:
             return self.signum
-        signum = torch.tensor(self.signum, device=world.device)
+        signum = torch.tensor(self.signum)  # on the CPU, by gloo: nobody waits for what a GPU has queued
         dist.all_reduce(signum, dist.ReduceOp.MAX)
         return int(signum)
+
+    def leave(self, step: int, saved: str | None) -> NoReturn:
+        """SystemExit with the code of the signal, 143 for SIGTERM: the same command goes on after `step`."""
+        what = f"saved {saved}" if saved else "nothing to save"
+        files.print0(f"[{self.name}] stopped after step {step}: {what}, the same command goes on")
+        raise SystemExit(128 + self.agreed())
 
 
 # ---- Sharding, compilation, precision ----------------------------------------------------------------------
@@ -571,8 +664,11 @@ def add_options(model: Llama, compile: bool, checkpointing: bool) -> Llama:
 
 def fastest_dtype(device: torch.device) -> str:
     """bf16 on a GPU, and on CPUs that multiply it natively: training was 1.5 to 2 times as fast there."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if device.type == "cuda" or native else "fp32"
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if native else "fp32"
 
 
 # ---- Checkpoints: config.json, model.safetensors, tokenizer.model, meta.json, state/ -----------------------
@@ -583,10 +679,12 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a v
 
 
 def open_folder(folder: str, settings: dict) -> str | None:
-    """Make a stage's or RL run's folder → its newest checkpoint, or None. ValueError for other settings."""
+    """Make a stage's or RL run's folder → its newest checkpoint, or None. ValueError for other settings, but
+    a stage whose rate does not fall may be made longer: its past does not depend on its end."""
     path, saved = os.path.join(folder, "config.json"), files.latest_checkpoint(folder)
-    if saved:
-        files.check_same_settings(folder, files.read_json(path), settings)
+    if saved and (old := read_settings(folder)):
+        longer = "stage" in settings and RECIPE[settings["stage"]].schedule != "cosine"
+        files.check_same_settings(folder, old | {"steps": settings["steps"]} if longer else old, settings)
     os.makedirs(folder, exist_ok=True)
     files.write_json(path, settings)
     return saved
@@ -675,20 +773,35 @@ def check_shape(path: str, config: LlamaConfig) -> None:
 
 
 def read_metrics(path: str) -> list[dict]:
-    """The whole rows of a metrics.jsonl. A kill may have cut the last, which is later than any checkpoint."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
+    """The whole rows of a metrics.jsonl. A kill may have cut the last, which is later than any checkpoint; a
+    node that crashed may have left zeros and halves of lines: these are counted, and left out."""
+    rows, bad = [], 0
+    with open(path, "rb") if os.path.exists(path) else contextlib.nullcontext(()) as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+                rows.append({"step": int(row["step"])} | row)
+            except (ValueError, KeyError, TypeError):
+                bad += line.endswith(b"\n")
+    if bad:
+        files.print0_once(f"{path}: {bad} damaged rows left out")
+    return rows
 
 
 class MetricsLog:
-    """metrics.jsonl, one row per step. Opening it at a checkpoint's step drops the rows after that step."""
+    """metrics.jsonl, one row per step. Opening it at a checkpoint's step drops the rows after that step.
+    tensorboard: the rows go there too."""
 
-    def __init__(self, stage_dir: str, step: int):
-        self.file = None
+    def __init__(self, stage_dir: str, step: int, tensorboard: bool = False):
+        self.file = self.board = None
         if not files.is_rank0():
             return
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
+            self.board = SummaryWriter(os.path.join(stage_dir, "tensorboard"), purge_step=step + 1)
         path = os.path.join(stage_dir, "metrics.jsonl")
         files.write_jsonl(path, [row for row in read_metrics(path) if row["step"] <= step])
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115, open as long as the run
@@ -697,6 +810,9 @@ class MetricsLog:
         if self.file:  # JSON knows neither NaN nor infinity
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self.file.write(json.dumps(row) + "\n")
+        for key, value in row.items() if self.board else ():
+            if isinstance(value, int | float) and key != "step":
+                self.board.add_scalar(key, value, row["step"])
 
 
 # Dense bf16 FLOP/s by the name that the driver gives. An unknown device gets no MFU rather than a wrong one.
@@ -721,6 +837,7 @@ class Speed:
     def __init__(self, settings: Settings, world: World):
         self.batch_tokens, self.total, self.steps = settings.batch * settings.seq_len, 0.0, -1
         self.rate = None  # tokens per second of the last step
+        self.begun, self.device = time.perf_counter(), world.device
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.peak = PEAK_FLOPS.get(name, 0.0) * world.size if settings.dtype == "bf16" else 0.0
         self.flops = flops_per_token(LlamaConfig(**settings.model), settings.seq_len)
@@ -746,9 +863,27 @@ def log_line(row: dict, settings: Settings, speed: Speed) -> str:
     if speed.rate:
         text += f"  {speed.rate:9,.0f} tok/s  eta {duration((steps - step) * speed.total / speed.steps)}"
         text += f"  mfu {speed.row()['mfu']:.1%}" if speed.peak else ""
+    text += f"  {duration(time.perf_counter() - speed.begun)}  {peak_memory(speed.device) / 2**30:.1f} GiB"
     if "val_loss" in row:
         text += f"  val {row['val_loss']:.4f}, {row['bits_per_byte']:.4f} bits/byte"
     return text
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes that this process has held at most, on its GPU or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_words(numbers: dict[str, float], form: str) -> str:
+    return ", ".join(f"{name} {number:{form}}" for name, number in numbers.items())
 
 
 def duration(seconds: float) -> str:
@@ -758,7 +893,7 @@ def duration(seconds: float) -> str:
 
 # ---- The plan: size, time and memory on GPUs ---------------------------------------------------------------
 
-PLAN_MFU, PLAN_DEVICE = 0.4, "NVIDIA H200"  # what --plan counts on
+PLAN_MFU, PLAN_DEVICE, PLAN_MEMORY = 0.4, "NVIDIA H200", 139 << 30  # what --plan counts on
 
 
 def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int) -> dict[str, float]:
@@ -805,6 +940,15 @@ def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
         raise ValueError(f"{needs}: use a smaller --micro-batch, --activation-checkpointing, or more ranks")
 
 
+def planned_epochs(args, steps: int) -> str:
+    """How often a stage will go through each source, where the data is there already."""
+    folder = args.data or os.path.join(args.out, "data")
+    if not os.path.exists(os.path.join(folder, "index.json")):
+        return "not known without prepared data (--data)"
+    loader = Loader(folder, mixture_of(args.branch, args, folder), args.seq_len, args.batch)
+    return in_words(loader.epochs(steps), ".2g")
+
+
 def show_plan(args) -> None:
     """Print size, cost and memory of a stage on several numbers of GPUs."""
     found = files.read_json(f"{args.init}/config.json") if args.init else None
@@ -814,8 +958,9 @@ def show_plan(args) -> None:
     flops = tokens * flops_per_token(config, args.seq_len)
     size = f"{config.num_params():,} parameters, {steps:,} steps, {tokens:,} tokens, {flops:.3e} FLOPs"
     print(f"{args.preset} {args.branch}: {size}")
+    print(f"epochs: {planned_epochs(args, steps)}")
     print(f"GiB per GPU in {dtype}, {args.micro_batch} x {args.seq_len} tokens at once; "
-          f"time at {PLAN_MFU:.0%} of the peak of {PLAN_DEVICE}s")
+          f"time at {PLAN_MFU:.0%} of the peak of {PLAN_DEVICE}s, which have {PLAN_MEMORY >> 30} GiB")
     rows = []
     for gpus in sorted({1, 8, 64, int(os.environ.get("WORLD_SIZE", "1"))}):
         if args.batch % gpus or gpus % args.replicate:
@@ -824,9 +969,10 @@ def show_plan(args) -> None:
         hours = flops / (PLAN_MFU * PEAK_FLOPS[PLAN_DEVICE] * gpus) / 3600
         rows.append([f"{gpus}", *(f"{size / 2**30:.1f}" for size in parts.values())])
         rows[-1] += [f"{hours * 3600 / steps:.2f}", f"{hours:,.1f}", f"{hours * gpus:,.1f}"]
+        rows[-1].append("" if parts["peak"] < PLAN_MEMORY else "does not fit")
     if not rows:
         raise ValueError(f"--batch {args.batch}, --replicate {args.replicate} fit none of 1, 8 and 64 GPUs")
-    table = [["GPUs", *parts, "s per step", "hours", "GPU-hours"], *rows]
+    table = [["GPUs", *parts, "s per step", "hours", "GPU-hours", ""], *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     print("\n".join(" | ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table))
 
@@ -871,6 +1017,8 @@ def parse_args():
     add("--branch", choices=RECIPE, help="stage to run; what it stands on runs first")
     add("--preset", default="tiny", choices=RUNS, help="sizes and schedule (default tiny)")
     add("--init", metavar="DIR", help="Hugging Face Llama to start from, in place of the base")
+    add("--from", dest="start", metavar="DIR[@STEP]",
+        help="stage of another run to go on from, weights and optimizer, perhaps at a step that was kept")
     add("--data", metavar="DIR", help="shards made by data.prepare; tiny generates its own")
     add("--out", metavar="DIR", help="run folder, with one folder per stage (default runs/PRESET)")
     add("--mix", type=mixture, metavar="A=X,B=Y", help="shares of its sources, or a controlled mixture")
@@ -880,6 +1028,7 @@ def parse_args():
         add("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
     add("--compile", action="store_true", help="torch.compile each block: faster on GPUs")
     add("--activation-checkpointing", action="store_true", help="recompute them: less memory")
+    add("--tensorboard", action="store_true", help="metrics to TensorBoard too, if it is installed")
     add("--plan", action="store_true", help="print size, cost and GPU memory of the stage")
     args = p.parse_args()
     if not args.branch:
@@ -892,6 +1041,9 @@ def parse_args():
             setattr(args, name, run[name] if default == "preset" else default)
         elif not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    args.init = args.init and os.path.normpath(args.init)
+    if args.start and (args.init or args.branch == "base"):
+        raise ValueError("--from goes on from a stage: not with --init, nor with --branch base")
     if args.branch == "base" and (args.init or not run["steps"]["base"]):
         raise ValueError("a base stage starts from random weights: with --init or this preset, take stable")
     return args

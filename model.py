@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
 from torch.utils.checkpoint import checkpoint
 
-from data.files import read_json, write_json
+from data.files import print0_once, read_json, write_json
 
 try:
     import triton
@@ -96,6 +96,17 @@ LOGITS_BUDGET = 1 << 25  # logits at once, without kernels: 128 MiB, 261 tokens 
 def has_kernels(x: Tensor, head_dim: int = 64) -> bool:
     """Do operations on x run as Triton kernels, attention on heads of this width among them?"""
     return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and head_dim in HEAD_DIMS
+
+
+def pick_device() -> torch.device:
+    """This process's GPU, Apple's GPU (for one process), or the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index < torch.cuda.device_count() and torch.cuda.get_device_capability(device) < (8, 0):
+            KERNEL_DEVICES.discard("cuda")  # before Ampere: no bf16 products, 64 KiB of shared memory
+            print0_once("this GPU is too old for the Triton kernels: plain PyTorch, in fp32")
+        return device
+    return torch.device("mps" if torch.backends.mps.is_available() and "RANK" not in os.environ else "cpu")
 
 
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -21,9 +21,10 @@ makes a value network unnecessary; then one or more clipped policy-gradient upda
     OctoThinker, scripts   --prompts-per-step 256 --updates 16 --length-schedule 0:2048,100:4096,160:8192
 
     python rl.py --branch long                                     # from runs/tiny/long, in runs/tiny/rl-long
+    python rl.py --ckpt runs/tiny/stable@1200                      # from a step that --keep-every kept
     python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl # rows {"problem": ..., "answer": ...}
     python rl.py --ckpt DIR --prompts hub:openai/gsm8k:main --eval gsm8k --data DATA
-    torchrun --nproc_per_node=8 rl.py --branch long --preset 3b     # in runs/3b; on a CPU the same with gloo
+    torchrun --nproc_per_node=8 rl.py --branch long --preset 3b --prompts FILE   # a CPU: the same, gloo
 
 The metrics, one row per step in metrics.jsonl:
 
@@ -507,17 +508,23 @@ def train(args, world: World) -> None:
     sampler = Sampler(model, tok, args.slots)
     saved = midtrain.on_rank0(lambda: midtrain.open_folder(folder, settings))
     start = midtrain.load_checkpoint(saved, model, optimizer)["step"] if saved else 0
-    log, begun = midtrain.MetricsLog(folder, start if saved else -1), time.perf_counter()
+    log, begun = midtrain.MetricsLog(folder, start if saved else -1, args.tensorboard), time.perf_counter()
     begin = f"goes on at step {start}" if saved else f"starts from {source}"
     sizes = f"{len(train_problems)} problems, {len(held_out)} held out"
     files.print0(f"[{name}] {begin}: {sizes}, {args.dtype} on {world.size} x {world.device.type}")
-    with midtrain.Interrupt(name) as interrupt:
+    at, meta = start, {"stage": name}  # at: the step that was saved last
+    with midtrain.Interrupt(name, world) as interrupt:
         if not saved:
             log.write({"step": 0} | evaluate(sampler, held_out, 0, name, args, world))
         for step in range(start + 1, args.steps + 1):
             interrupt.step, last = step, step == args.steps
-            row = grpo_step(model, reference, optimizer, sampler, train_problems, step, folder, args, world)
-            signum = interrupt.agreed(world)
+            row = grpo_step(
+                model, reference, optimizer, sampler, train_problems, step, folder, args, world, interrupt)
+            if not row:  # dropped, so that what is done is saved before whoever sent the signal kills
+                if step - 1 > at:
+                    saved = midtrain.save_checkpoint(folder, step - 1, model, optimizer, tok, meta)
+                interrupt.leave(step - 1, saved)
+            signum = interrupt.agreed()
             if step % args.log_every == 0 or last or signum:
                 left = (time.perf_counter() - begun) / (step - start) * (args.steps - step)
                 files.print0(f"[{name}] step {step}/{args.steps} {line(row)}, eta {midtrain.duration(left)}")
@@ -525,20 +532,23 @@ def train(args, world: World) -> None:
                 row |= evaluate(sampler, held_out, step, name, args, world)
             log.write(row)
             if step % args.save_every == 0 or last or signum:
-                saved = midtrain.save_checkpoint(folder, step, model, optimizer, tok, {"stage": name})
+                saved, at = midtrain.save_checkpoint(folder, step, model, optimizer, tok, meta), step
             if signum:
-                files.print0(f"[{name}] stopped after step {step}: saved {saved}, the same command goes on")
-                raise SystemExit(128 + signum)
-        if signum := interrupt.agreed(world):  # it came during the last evaluation or save
+                interrupt.leave(step, saved)
+        if signum := interrupt.agreed():  # it came during the last evaluation or save
             raise SystemExit(128 + signum)
     files.print0(f"[{name}] done: {saved}")
 
 
-def grpo_step(model, reference, optimizer, sampler, train_problems, step: int, folder: str, args, world):
-    """Rollouts, rewards, update → a row of metrics."""
+def grpo_step(model, reference, optimizer, sampler, train_problems, step, folder, args, world, interrupt):
+    """Rollouts, rewards, update → a row of metrics; {} if a signal came during the rollouts."""
     cap, start = length_cap(args.length_caps, step - 1), time.perf_counter()
+    sampler.halted = lambda: interrupt.signum
     with unsharded(model):
         made = rollouts_of_step(sampler, train_problems, step - 1, cap, args, world)
+    sampler.halted = None
+    if interrupt.agreed():
+        return {}
     problems, samples, kept, groups = made
     row = {"step": step, "cap": cap, "lr": args.lr, "problems": len(problems)}
     row |= rollout_metrics(samples, world)
@@ -694,7 +704,8 @@ VARIANTS = {
     "log_every": (1, "steps between lines; metrics.jsonl has every step"),
 }
 # Flags that may differ when a run goes on: the results so far do not depend on them
-MAY_CHANGE = ("out", "steps", "threads", "log_every", "save_every", "text_every", "max_new_tokens")
+MAY_CHANGE = (
+    "out", "steps", "threads", "log_every", "save_every", "text_every", "max_new_tokens", "tensorboard")
 
 
 def parse_args():
@@ -712,6 +723,7 @@ def parse_args():
     add("--dtype", default="auto", choices=("auto", *midtrain.DTYPES), help="dtype of activations")
     add("--template", default="simple", choices=prompts.TEMPLATES, help="what surrounds a problem")
     add("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
+    add("--tensorboard", action="store_true", help="metrics to TensorBoard too, if it is installed")
     for name, (default, text) in VARIANTS.items():
         flag, choices = "--" + name.replace("_", "-"), default if isinstance(default, tuple) else None
         default = default[0] if choices else default
@@ -749,6 +761,9 @@ def check_args(args) -> None:
         raise ValueError(f"--temperature {args.temperature} must be above 0: a greedy policy has no gradient")
     if args.rollouts < 2:
         raise ValueError("--rollouts 1 leaves nothing to compare a response with: give at least 2")
+    if args.preset in ("1b", "3b", "8b") and not args.prompts:
+        how = "the paper's set is MATH8K (data/README.md says where it is); --prompts takes a file or hub:ID"
+        raise ValueError(f"--preset {args.preset} needs --prompts: {how}")
     if (P := args.prompts_per_step) % args.updates:
         raise ValueError(f"--prompts-per-step {P} does not split into {args.updates} equal updates")
 

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import files
 from data.prompts import STOP, TEMPLATES
 from data.tokenizer import load as load_tokenizer
-from model import KVCache, Llama
+from model import KVCache, Llama, has_kernels, pick_device
 
 PREFILL_TOKENS = 4096  # in prompts computed together, padding included: enough to fill the processor
 CACHE_CHUNK = 64  # tokens of room behind the longest prompt in a dense cache; it grows by this or an eighth
@@ -223,7 +223,8 @@ class Rollout:
             self.logprobs, self.column = torch.zeros(self.slots, LOOK_EVERY), self.state.new_zeros(1)
         self.last, self.count, self.limit, self.key = self.state  # the last token, how many, at most; stream
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
-        self.use_graphs = self.device.type == "cuda" and not hasattr(model, "unshard")  # a method of FSDP2
+        sharded = hasattr(model, "unshard")  # a method of FSDP2
+        self.use_graphs = has_kernels(model.embed.weight) and not sharded
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -348,6 +349,7 @@ class Sampler:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.max_len = math.inf if max_len is None else max_len
         self.block_len, self.cache_tokens, self.stops = block_len, cache_tokens, {}
+        self.halted = None  # a function that is asked after every step: True ends a call with what is there
 
     def generate(self, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
                  seed=0, stop=None, request_ids=None) -> list[list[Completion]]:
@@ -360,8 +362,10 @@ class Sampler:
         params = SamplingParams(temperature, top_p, top_k, min_p)
         with sampling_mode(self.model):
             rollout = self._rollout(prompts, n, max_new_tokens, params, seed, stop, request_ids)
-            while rollout.step():
+            while rollout.step() and not (self.halted and self.halted()):
                 pass
+        for row in (row for group in rollout.groups for row in group if row.completion is None):  # halted
+            row.completion = Completion(row.tokens, row.logprobs, "", "length")
         return [[row.completion for row in group] for group in rollout.groups]
 
     def stream(self, prompt, max_new_tokens=256, seed=0, stop=None, **params) -> Iterator[str]:
@@ -657,7 +661,7 @@ def main() -> None:
     add("--seed", type=int, default=0, help="seed of the random numbers; a conversation adds 1 per turn")
     args = parser.parse_args()
     folder = files.find_checkpoint(args.ckpt)
-    sampler = Sampler(*load_model(folder, "cuda" if torch.cuda.is_available() else "cpu"))
+    sampler = Sampler(*load_model(folder, str(pick_device())))
     ours = os.path.exists(os.path.join(folder, "meta.json"))
     args.template = args.template or ("simple" if ours or args.prompt is None else "none")
     if args.prompt is not None:

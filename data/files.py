@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import zlib
@@ -33,6 +34,8 @@ def atomic_write(path: Path, mode: str = "w"):
     try:
         with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that crashes may keep the name and lose the content
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -114,6 +117,21 @@ def file_hashes(paths: Sequence[str]) -> list[str]:
         return list(pool.map(file_hash, paths))
 
 
+def sync(folder: str) -> None:
+    """Wait until all that is in a folder is on the disk, names and contents."""
+    for root, _, names in os.walk(folder):
+        for path in [*(os.path.join(root, name) for name in names), root]:
+            with contextlib.suppress(PermissionError):  # Windows opens no folder
+                file = os.open(path, os.O_RDONLY)
+                os.fsync(file)
+                os.close(file)
+
+
+def remove(path: str) -> None:
+    """A folder, or the link to one: what is behind the link stays."""
+    os.unlink(path) if os.path.islink(path) else shutil.rmtree(path)
+
+
 def checkpoints(run_dir: str) -> list[str]:
     """The checkpoints of a run, whole or not, newest first."""
     folder = os.path.join(run_dir, "checkpoints")
@@ -149,8 +167,14 @@ def _matches(files: tuple[str, ...], sizes: tuple, sums: tuple, _modified: tuple
 
 
 def find_checkpoint(path: str) -> str:
-    """What --ckpt means: a checkpoint's folder, ours or Hugging Face's, or a run's, for its newest whole one.
-    FileNotFoundError if there is none; ValueError if the one that is named is damaged."""
+    """What --ckpt means: a checkpoint's folder, ours or Hugging Face's, or a run's, for its newest whole one,
+    or RUN@STEP. FileNotFoundError if there is none; ValueError if the one that is named is damaged."""
+    run_dir, _, step = path.rpartition("@")
+    if step.isdigit() and os.path.isdir(run_dir):
+        path = os.path.join(run_dir, "checkpoints", f"step_{int(step):06d}")
+        if not os.path.isdir(path):
+            kept = ", ".join(str(int(name[-6:])) for name in reversed(checkpoints(run_dir)))
+            raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}; it has: {kept or 'none'}")
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{path} is not a folder: give a run's, as runs/tiny/long, or a checkpoint's")
     parent, name = os.path.split(os.path.abspath(path))

@@ -80,6 +80,10 @@ class Loader:
         seen = blocks * self.counts + np.bincount(source, minlength=len(self.counts))
         return dict(zip(self.names, seen.tolist(), strict=True))
 
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source was gone through in the first `step` steps."""
+        return {name: n / size for (name, n), size in zip(self.seen(step).items(), self.sizes.tolist())}
+
     def validation(self, batches: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, Batch]]:
         """(source, batch) over the beginning of each source's held-out shard, at most `batches` per source.
         Every rank gets as many batches, of the same shape: behind a shard's end are rows without targets."""

@@ -122,6 +122,13 @@ def state(stage_dir: Path) -> dict:
     return {k: v.numpy().tobytes() for k, v in (model.state_dict() | moments).items()}
 
 
+def assert_same_run_but_shares(a: Path, b: Path) -> None:
+    """b was made longer: where it ended first, it has an evaluation more."""
+    keys = ("step", "loss", "lr", "grad_norm")
+    kept = [[{key: row[key] for key in keys} for row in rows(folder)] for folder in (a, b)]
+    assert kept[0] == kept[1] and state(a) == state(b)
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     assert rows(a) == rows(b)
     assert state(a) == state(b)
@@ -297,16 +304,92 @@ def test_resumed_is_uninterrupted_bit_for_bit(train, tmp_path, monkeypatch, dtyp
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step_and_saves(train, tmp_path, monkeypatch, name):
-    command, signum = ("--branch", "base", "--steps", "6"), getattr(signal, name)
+@pytest.mark.parametrize("when, saved", [("before a micro-batch", 2), ("in the last one", 3)])
+def test_a_signal_saves_what_is_done(train, tmp_path, monkeypatch, name, when, saved):
+    """A step that has micro-batches to go is dropped: those who stop jobs do not wait for long."""
+    command, signum, real = ("--branch", "base", "--steps", "6"), getattr(signal, name), Llama.nll
+    calls = iter(range(1, 1000))
+
+    def nll(*args, **kwargs):  # two of them in a step, and three in the evaluation
+        if next(calls) == 6:
+            os.kill(os.getpid(), signum)
+        return real(*args, **kwargs)
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signum))
+        if when == "in the last one":
+            patch.setattr(Llama, "nll", nll)
+        else:
+            at_step(patch, 3, lambda: os.kill(os.getpid(), signum))
         train(tmp_path / "b", *command)
     assert stop.value.code == 128 + signum
-    assert files.latest_checkpoint(str(tmp_path / "b/base")).endswith("step_000003")
+    assert files.latest_checkpoint(str(tmp_path / "b/base")).endswith(f"step_00000{saved}")
     train(tmp_path / "b", *command)
     train(tmp_path / "a", *command)
     assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
+
+
+SLOW = """
+import time
+real = midtrain.Llama.nll
+midtrain.Llama.nll = lambda *args, **kwargs: (time.sleep(1), real(*args, **kwargs))[1]
+"""
+
+
+def test_a_signal_to_torchrun_does_not_wait_for_a_slow_step(tmp_path, shards):
+    """Steps of 8 s in micro-batches of 1 s; torchrun gives its ranks 4 s to end."""
+    flags = ("--out", tmp_path, "--data", shards, "--branch", "base", "--micro-batch", "1", "--batch", "16")
+    with monkeypatch_environment(TORCH_ELASTIC_SHUTDOWN_TIMEOUT="4"):
+        process = torchrun(tmp_path, 2, *flags, patch=SLOW)
+    metrics, end = tmp_path / "base/metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or not metrics.read_bytes():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    begun = time.monotonic()
+    time.sleep(1.5)  # inside the second step
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode and time.monotonic() - begun < 7
+    assert "stopped after step 1: saved" in out and files.latest_checkpoint(str(tmp_path / "base"))
+
+
+@contextlib.contextmanager
+def monkeypatch_environment(**names):
+    before = dict(os.environ)
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_the_readmes_batch_script_survives_the_time_limit(tmp_path, shards):
+    """The lines of the README under a shell that gets SIGTERM, as Slurm sends it before the end: the run is
+    saved, and the job asks to be queued again."""
+    text = (ROOT / "README.md").read_text()
+    script = text.partition("#!/bin/bash\n")[2].partition("```")[0]
+    command = "torchrun --nnodes"
+    assert script.count(command) == 1 and "--signal=B:TERM@" in script
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    flags = f"--branch base --steps 100000 --dtype fp32 --out {tmp_path} --data {shards}"
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {driver} {flags}"
+    start, end = script.index("srun "), script.index(" &", script.index("srun "))
+    (tmp_path / "job.sh").write_text(script[:start] + "srun " + launch + script[end:])
+    for name, body in (("srun", 'exec "$@"'), ("scontrol", f'echo "$@" >> {tmp_path}/asked')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "SLURM_JOB_NODELIST": "one"}
+    process = subprocess.Popen(["bash", tmp_path / "job.sh"], env=environment, stdout=subprocess.DEVNULL)
+    metrics, end = tmp_path / "base/metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() or not metrics.read_bytes():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.terminate()
+    process.wait(30)
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert files.latest_checkpoint(str(tmp_path / "base"))
 
 
 def test_a_signal_in_the_last_evaluation_is_not_forgotten(train, tmp_path, monkeypatch):
@@ -550,6 +633,62 @@ def test_every_nth_checkpoint_is_kept_for_good(train, tmp_path):
     assert kept == ["step_000003", "step_000006", "step_000008", "step_000009"]
 
 
+def test_a_stage_at_a_constant_rate_can_be_made_longer(train, tmp_path):
+    """Four steps, then eight: those of a run of eight, bit for bit. A branch has its end in its schedule."""
+    train(tmp_path / "a", "--branch", "stable", "--steps", "8")
+    train(tmp_path / "b", "--branch", "stable")
+    train(tmp_path / "b", "--branch", "stable", "--steps", "8")
+    assert state(tmp_path / "a/stable") == state(tmp_path / "b/stable")
+    assert [row["loss"] for row in rows(tmp_path / "a/stable")] == [
+        row["loss"] for row in rows(tmp_path / "b/stable")
+    ]
+    train(tmp_path / "b", "--branch", "stable")  # the preset's 4 steps: nothing to do
+    assert midtrain.read_settings(str(tmp_path / "b/stable"))["steps"] == 8
+
+
+def test_a_branch_can_start_from_a_kept_step(train, tmp_path, capsys):
+    """With the optimizer's state: the same weights and moments as from a stage that ended there."""
+    train(tmp_path / "a", "--branch", "stable", "--steps", "3")
+    train(tmp_path / "a", "--branch", "long", "--steps", "2")
+    keep = ("--save-every", "1", "--keep-every", "3")
+    train(tmp_path / "b", "--branch", "stable", "--steps", "6", *keep)
+    kept = ("--branch", "long", "--steps", "2", "--from", f"{tmp_path}/b/stable@3")
+    train(tmp_path / "c", *kept)
+    assert state(tmp_path / "a/long") == state(tmp_path / "c/long")
+    assert f"starts from {tmp_path}/b/stable@3 (" in capsys.readouterr().out
+    train(tmp_path / "c", *kept)  # the same command again
+    assert "[long] is finished" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 4; it has: 3, 5, 6"):
+        train(tmp_path / "d", "--branch", "long", "--from", f"{tmp_path}/b/stable@4")
+    train(tmp_path / "d", "--branch", "long", "--from", f"{tmp_path}/b")  # a run's stable
+    assert "d/long" in capsys.readouterr().out
+    Llama(midtrain.PRESETS["tiny"]).save_pretrained(str(tmp_path / "foreign"))
+    with pytest.raises(ValueError, match="no optimizer state: foreign weights are given by --init"):
+        train(tmp_path / "e", "--branch", "long", "--from", str(tmp_path / "foreign"))
+
+
+def test_a_branch_starts_at_the_rate_that_stable_ended_with(train, tmp_path):
+    train(tmp_path, "--branch", "stable", "--lr", "5e-4")
+    train(tmp_path, "--branch", "long")
+    train(tmp_path, "--branch", "short", "--lr", "1e-4")
+    begin = {stage: rows(tmp_path / stage)[0]["lr"] for stage in ("base", "stable", "long", "short")}
+    assert begin == {"base": 1e-3, "stable": 5e-4, "long": 5e-4, "short": 1e-4}  # base: warming up to 2e-3
+    assert rows(tmp_path / "long")[-1]["lr"] == pytest.approx(5e-5)
+
+
+def test_epochs_are_said(train, tmp_path, capsys, monkeypatch, shards):
+    train(tmp_path, "--branch", "stable", "--steps", "8")
+    last, said = rows(tmp_path / "stable")[-1], capsys.readouterr().out
+    loader = midtrain.Loader(shards, midtrain.recipes.TINY["stable"], 64, 8, seed=1000)
+    for name, sequences in loader.seen(8).items():
+        assert last[f"epochs/{name}"] == sequences / loader.sizes[loader.names.index(name)]
+    assert f"epochs by the end: web {last['epochs/web']:.2g}, general" in said
+    flags = ["midtrain.py", "--branch", "stable", "--steps", "8", "--plan", "--data", str(shards)]
+    monkeypatch.setattr(sys, "argv", flags)
+    midtrain.main()
+    assert f"epochs: web {last['epochs/web']:.2g}, " in capsys.readouterr().out
+
+
 def test_a_mixture_on_the_command_line(train, tmp_path):
     train(tmp_path, "--branch", "base", "--mix", "web=0.75,long_cot=0.25")
     settings = json.loads((tmp_path / "base/config.json").read_text())
@@ -737,6 +876,9 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         ("--branch lang", "'lang' (choose from"),
         ("--branch long --preset 2b", "'2b' (choose from"),
         ("--branch long --fast", "valid flags: --activation-checkpointing"),
+        ("--branch long --from nowhere", "nowhere is not a folder"),
+        ("--branch long --from nowhere --init X", "--from goes on from a stage: not with --init"),
+        ("--branch base --from nowhere", "nor with --branch base"),
         ("--branch long --batch 0", "--batch must be above 0, not 0"),
         ("--branch long --lr nan", "--lr must be above 0, not nan"),
         (
@@ -782,12 +924,122 @@ def test_another_shape_is_named(train, tmp_path, shards):
 
 
 def test_other_settings_are_named(train, tmp_path):
-    train(tmp_path, "--branch", "base")
+    train(tmp_path, "--branch", "long")
     with pytest.raises(ValueError, match=r"steps 4 → 5; seed 0 → 1\): use another --out"):
-        train(tmp_path, "--branch", "base", "--steps", "5", "--seed", "1")
+        train(tmp_path, "--branch", "long", "--steps", "5", "--seed", "1")
     midtrain.PRESETS["tiny"] = LlamaConfig(300, 2, 64, 4, 2, 8, 64)
     with pytest.raises(ValueError, match="hidden_size 32 → 64"):
         train(tmp_path, "--branch", "stable")
+
+
+def test_a_stage_has_the_words_of_the_stage_below(train, tmp_path, shards):
+    """Data of two tokenizers of one size: the ids of one would be noise to a model of the other."""
+    other = tmp_path / "other"
+    prepare.prepare_synth(other, 300, 64, dict.fromkeys(SOURCES, 20_000), 1)
+    tokens = (other / "tokenizer.model").read_text().splitlines()
+    assert tokens != (shards / "tokenizer.model").read_text().splitlines()
+    train(tmp_path / "run", "--branch", "base")
+    with pytest.raises(ValueError, match="was prepared with another tokenizer than .*base/checkpoints"):
+        train(tmp_path / "run", "--branch", "stable", data=other)
+    train(tmp_path / "run", "--branch", "stable")
+    with pytest.raises(ValueError, match="another tokenizer than .*stable/checkpoints"):
+        train(tmp_path / "run2", "--branch", "long", "--from", str(tmp_path / "run/stable"), data=other)
+
+
+def test_init_is_the_one_that_stable_started_from(train, tmp_path):
+    for name in ("a", "b"):
+        Llama(midtrain.PRESETS["tiny"]).init_weights(0).save_pretrained(str(tmp_path / name))
+    train(tmp_path / "run", "--branch", "stable", "--init", f"{tmp_path}/a")
+    train(tmp_path / "run", "--branch", "stable", "--init", f"{tmp_path}/a/")  # is the same folder
+    with pytest.raises(ValueError, match="stable started from .*/a, not from --init .*/b"):
+        train(tmp_path / "run", "--branch", "long", "--init", f"{tmp_path}/b")
+
+
+def test_a_node_crash_does_not_block_the_run(train, tmp_path, capsys):
+    """Zeros and half a line in the metrics, an empty config.json."""
+    flags = ("--branch", "base", "--save-every", "2")
+    train(tmp_path / "a", *flags)
+    train(tmp_path / "b", *flags, "--steps", "2")
+    metrics = tmp_path / "b/base/metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(lines[0] + b"\0" * 700 + b"\n" + b'{"step": 1, "lo\n' + b"17\n" + lines[1] + b'{"ste')
+    train(tmp_path / "b", *flags, "--steps", "4")
+    assert "3 damaged rows left out" in capsys.readouterr().out
+    assert_same_run_but_shares(tmp_path / "a/base", tmp_path / "b/base")
+    config = tmp_path / "b/base/config.json"
+    text = config.read_text()
+    config.write_text("")
+    with pytest.raises(ValueError, match="config.json is damaged: .*: delete it, and the command that began"):
+        train(tmp_path / "b", *flags)
+    config.unlink()
+    train(tmp_path / "b", *flags)
+    assert config.read_text() == text
+
+
+def test_nodes_must_share_the_run_folder(tmp_path, shards):
+    """Two ranks, each with a folder of its own, as two nodes have them with a local --out."""
+    own = "sys.argv[sys.argv.index('--out') + 1] += sys.modules['os'].environ['RANK']; import os"
+    process = torchrun(tmp_path, 2, "--branch", "base", "--data", shards, "--out", tmp_path / "x", patch=own)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode and "1 of 2 ranks have another" in err and "all nodes share" in err
+    assert not list(tmp_path.glob("x*/base/checkpoints"))
+
+
+def test_a_checkpoint_without_a_ranks_part_is_not_published(train, tmp_path, monkeypatch):
+    real = midtrain.dcp.save
+
+    def save(state, checkpoint_id):
+        real(state, checkpoint_id=checkpoint_id)
+        next(Path(checkpoint_id).glob("*.distcp")).unlink()  # as if it lay on another node's disk
+
+    monkeypatch.setattr(midtrain.dcp, "save", save)
+    with pytest.raises(OSError, match="distcp.* is not there.*all nodes share"):
+        train(tmp_path, "--branch", "base")
+    assert not files.checkpoints(str(tmp_path / "base"))
+
+
+def test_an_old_checkpoint_may_be_a_link(train, tmp_path):
+    train(tmp_path, "--branch", "base", "--steps", "1")
+    folder = tmp_path / "base/checkpoints"
+    (folder / "step_000001").rename(tmp_path / "elsewhere")
+    (folder / "step_000001").symlink_to(tmp_path / "elsewhere")
+    train(tmp_path, "--branch", "base", "--steps", "4", "--save-every", "1")
+    assert [path[-1] for path in files.checkpoints(str(tmp_path / "base"))] == ["4", "3"]
+    assert (tmp_path / "elsewhere/meta.json").exists()
+
+
+def test_devices(monkeypatch, capsys):
+    """Apple's GPU for one process; a card from before Ampere runs plain PyTorch; a rank needs a card."""
+    import model
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert midtrain.pick_device().type == "mps" and midtrain.fastest_dtype(torch.device("mps")) == "fp32"
+    assert midtrain.World(device=torch.device("mps")).wide == torch.float32
+    monkeypatch.setenv("RANK", "0")
+    assert midtrain.pick_device().type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(model, "KERNEL_DEVICES", {"cuda"})
+    assert midtrain.pick_device() == torch.device("cuda", 0)
+    assert midtrain.fastest_dtype(torch.device("cuda", 0)) == "fp32" and not model.KERNEL_DEVICES
+    assert "too old for the Triton kernels" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 ranks on a machine with 1 GPUs: --nproc_per_node=1"):
+        midtrain.setup()
+
+
+def test_metrics_go_to_tensorboard(tmp_path, monkeypatch):
+    written = []
+    board = SimpleNamespace(add_scalar=lambda *row: written.append(row))
+    fake = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    log = midtrain.MetricsLog(str(tmp_path), 0, tensorboard=True)
+    log.write({"step": 3, "loss": 1.5, "grad_norm": math.nan, "name": "x"})
+    assert written == [("loss", 1.5, 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        midtrain.MetricsLog(str(tmp_path), 0, tensorboard=True)
 
 
 def test_a_truncated_shard_is_named(train, tmp_path, shards):
@@ -837,6 +1089,8 @@ def test_plan_needs_nothing(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "8,030,261,248 parameters" in said and "209,715,200,000 tokens" in said
     assert "GPU-hours" in said and "s per step" in said
+    rows = {line.split()[0]: line.endswith("does not fit") for line in said.splitlines()[-3:]}
+    assert rows == {"1": True, "8": False, "64": False}
     monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "base", "--plan", "--replicate", "3"])
     with pytest.raises(ValueError, match="--replicate 3 fit none of 1, 8 and 64 GPUs"):
         midtrain.main()
