@@ -526,8 +526,10 @@ def train(args, world: World) -> None:
                 interrupt.leave(step - 1, saved)
             signum = interrupt.agreed()
             if step % args.log_every == 0 or last or signum:
-                left = (time.perf_counter() - begun) / (step - start) * (args.steps - step)
-                files.print0(f"[{name}] step {step}/{args.steps} {line(row)}, eta {midtrain.duration(left)}")
+                took = time.perf_counter() - begun
+                left = midtrain.duration(took / (step - start) * (args.steps - step))
+                more = f"{midtrain.duration(took)}, {midtrain.peak_memory(world.device) / 2**30:.1f} GiB"
+                files.print0(f"[{name}] step {step}/{args.steps} {line(row)}, eta {left}, {more}")
             if step % args.eval_every == 0 or last:  # before saving: rows up to a checkpoint are complete
                 row |= evaluate(sampler, held_out, step, name, args, world)
             log.write(row)
