@@ -29,15 +29,15 @@ def read_stages(out: str) -> dict[str, tuple[dict, list[dict]]]:
 
 
 def stage_table(stages: dict) -> str:
-    lines = ["| stage | steps | tokens | loss, first steps | last | held out | bits per byte | seen, epochs |"]
+    lines = ["| stage | steps | tokens | loss, first steps | last | held out | bits per byte | seen |"]
     lines.append("|" + "---|" * 8)
     for stage, (settings, rows) in stages.items():
         points = twentieths(rows)
         held = next((row for row in reversed(rows) if row.get("val_loss") is not None), None)
         val = f"{held['val_loss']:.3f} | {held['bits_per_byte']:.3f}" if held else "– | –"
         shares = {k[6:]: share for k, share in rows[-1].items() if k.startswith("share/")}
-        epochs = {name: rows[-1].get(f"epochs/{name}", math.nan) for name in shares}
-        seen = ", ".join(f"{name} {share:.1%}, {epochs[name]:.2g}×" for name, share in shares.items())
+        times = {name: f", {rows[-1].get('epochs/' + name, math.nan):.2g} times" for name in shares}
+        seen = "; ".join(f"{name} {share:.1%}{times[name]}" for name, share in shares.items())
         tokens = len(rows) * settings["batch"] * settings["seq_len"]
         ends = f"{points[0][1]:.3f} | {points[-1][1]:.3f}"
         lines.append(f"| {stage} | {len(rows):,} | {tokens:,} | {ends} | {val} | {seen or 'not finished'} |")

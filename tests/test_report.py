@@ -29,12 +29,13 @@ def test_stages(tmp_path, monkeypatch, capsys):
         rows = [{"step": s, "loss": 5.0 - s} for s in (1, 2, 3, 4)]
         for row in rows[1::2]:
             row |= {"val_loss": 4.5 - row["step"], "bits_per_byte": 2.25}
-        rows[-1] |= {"share/web": 0.75, "share/short_cot": 0.25}
+        rows[-1] |= {"share/web": 0.75, "share/short_cot": 0.25, "epochs/web": 2.125, "epochs/short_cot": 0.5}
         write(tmp_path / stage, rows, settings)
     show(monkeypatch, tmp_path)
     table = (tmp_path / "midtrain.md").read_text().splitlines()
     assert table == capsys.readouterr().out.splitlines()[:-1] and len(table) == 5
-    assert table[-1] == "| short | 4 | 2,048 | 4.000 | 1.000 | 0.500 | 2.250 | web 75.0%, short_cot 25.0% |"
+    seen = "web 75.0%, 2.1 times; short_cot 25.0%, 0.5 times"
+    assert table[-1] == f"| short | 4 | 2,048 | 4.000 | 1.000 | 0.500 | 2.250 | {seen} |"
     assert (tmp_path / "midtrain.png").stat().st_size > 9000
     whole = (tmp_path / "short/metrics.jsonl").read_text()
     (tmp_path / "short/metrics.jsonl").write_text(
