@@ -32,7 +32,7 @@ from pathlib import Path
 import regex  # tiktoken's own dependency; the standard library's re does not know \p{L}
 from tiktoken import Encoding
 
-from data.files import atomic_write
+from data.files import atomic_write, write_json
 
 FILE_NAME, JSON_NAME = "tokenizer.model", "tokenizer.json"
 
@@ -67,10 +67,12 @@ class Tokenizer:
         if special is None:
             names = LLAMA3_SPECIAL_TOKENS if len(ranks) == LLAMA3_RANKS else SPECIAL_TOKENS
             special = {name: len(ranks) + i for i, name in enumerate(names)}
-        self.pattern, self.known = pattern, {*ranks.values(), *special.values()}
+        self.pattern, self.special, self.known = pattern, special, {*ranks.values(), *special.values()}
         self.encoding = Encoding("octo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = 1 + max(self.known)
         self.eos_id = next(special[name] for name in _ENDS if name in special)
+        self.bos_id = special.get("<|begin_of_text|>")  # only other programs ask: no text of ours begins so
+        self.pad_id = special.get("<|finetune_right_pad_id|>", self.eos_id)
         self.stop_ids = tuple(special[name] for name in _STOPS if name in special)
         self.hash = hashlib.sha256(self._file_bytes()).hexdigest()
 
@@ -107,6 +109,25 @@ class Tokenizer:
         path = path.with_name(JSON_NAME) if self.json_file else path
         with atomic_write(path, "wb") as file:
             file.write(self._file_bytes())
+
+    def stops(self, generation: dict) -> tuple[int, ...]:
+        """stop_ids and, of a generation_config.json, the eos_token_id (an id or several) that are special."""
+        found = generation.get("eos_token_id")
+        found = [i for i in (found if isinstance(found, list) else [found]) if i in self.special.values()]
+        return tuple(dict.fromkeys((*self.stop_ids, *found)))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """All that a Hugging Face folder says about text. The tiktoken file goes to original/, as in Meta's
+        repositories: beside config.json, llama.cpp would take it for SentencePiece's."""
+        folder, names = Path(folder), {i: name for name, i in self.special.items()}
+        if not self.json_file:
+            (folder / "original").mkdir(exist_ok=True)
+            self.save(folder / "original")
+        with atomic_write(folder / JSON_NAME, "wb") as file:
+            file.write(self.json_file or _to_json(self))
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        write_json(folder / "tokenizer_config.json", kind | {key: names.get(i) for key, i in ids.items()})
 
     def _file_bytes(self) -> bytes:
         lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in self.ranks.items())
@@ -157,6 +178,29 @@ _GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _BYTE_OF = {chr(b): b for b in _PRINTABLE}
 _BYTE_OF |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+_CHAR_OF = {b: char for char, b in _BYTE_OF.items()}
+
+
+def _to_json(tok: Tokenizer) -> bytes:
+    """A tiktoken vocabulary as tokenizer.json. All splits of a token into two are listed as merges, in the
+    order of the ranks, as in Llama 3's: of them only one can occur in a text, the last step of BPE on the
+    token's own bytes. ignore_merges: a piece that is a token needs no merges that lead to it."""
+    text = {token: "".join(_CHAR_OF[b] for b in token) for token in tok.ranks}
+    splits = ((token[:i], token[i:]) for token in tok.ranks for i in range(1, len(token)))
+    merges = [f"{text[a]} {text[b]}" for a, b in splits if a in text and b in text]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": name} | plain for name, i in tok.special.items()],
+        "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
+        "post_processor": to_bytes, "decoder": to_bytes,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": True, "vocab": {text[t]: i for t, i in tok.ranks.items()}, "merges": merges},
+    }
+    return json.dumps(spec, ensure_ascii=False, indent=1).encode()
 
 
 def _from_json(path: Path) -> Tokenizer:
