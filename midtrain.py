@@ -61,7 +61,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data import files, prepare, recipes, shards, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
-from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, pick_device
+from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, pick_device, read_generation
 
 # ---- The recipe --------------------------------------------------------------------------------------------
 
@@ -400,7 +400,9 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
     source, where = None, below(stage, args)
     if where and not own:
         source = files.find_checkpoint(where)
-        before = read_settings(stage_of(source))
+        before = read_settings(stage_of(source)) or {}
+        if "starts_from" not in before:
+            raise ValueError(f"{stage_of(source)}/config.json is not the configuration of a stage: use another")
         if args.init and before["starts_from"] != args.init:
             raise ValueError(f"{where} started from {before['starts_from']}, not from --init {args.init}")
     tok, mixture = tokenizer.load(data_dir), mixture_of(stage, args, data_dir)
@@ -439,8 +441,9 @@ def model_shape(args, found: dict | None, vocab_size: int, from_init: bool) -> L
     else:
         found = LlamaConfig(**found) if found else None
     if RUNS[args.preset]["steps"]["base"]:
-        return replace(config, vocab_size=found.vocab_size if found else vocab_size)
-    found = replace(found or config, max_position=config.max_position)
+        found = found or replace(config, vocab_size=vocab_size)
+        return replace(config, vocab_size=found.vocab_size, max_position=found.max_position)
+    found = found or config
     if changed := files.differences(asdict(config), asdict(found)):
         files.print0_once(f"the schedule of --preset {args.preset}, the model's own shape ({changed})")
     return found
@@ -671,9 +674,10 @@ def fastest_dtype(device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-# ---- Checkpoints: config.json, model.safetensors, tokenizer.model, meta.json, state/ -----------------------
+# ---- Checkpoints: a Hugging Face folder, meta.json, state/ -------------------------------------------------
 
 KEEP = 2  # checkpoints of a stage
+WHOLE = 500_000_000  # parameters of the largest model whose checkpoints have model.safetensors too
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # dcp, in one process
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # returns a view; nothing is written to it
 
@@ -697,8 +701,8 @@ def save_checkpoint(
     last KEEP and those of every `keep_every`-th step are deleted. Called by every rank. OSError: the earlier
     ones are untouched.
 
-    The folder is a Hugging Face checkpoint in fp32; `state` in it holds weights and optimizer in shards that
-    any number of ranks can load."""
+    The folder is Hugging Face's; `state` in it holds weights and optimizer in shards that any number of ranks
+    can load. Up to WHOLE parameters, model.safetensors holds the weights once more, in fp32: see export()."""
     folder = os.path.join(stage_dir, "checkpoints")
     final, aside = os.path.join(folder, f"step_{step:06d}"), os.path.join(folder, "unfinished")
     try:
@@ -706,7 +710,8 @@ def save_checkpoint(
         weights, moments = states.get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=os.path.join(aside, "state"))
         whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0
-        full = states.get_model_state_dict(model, options=whole)
+        small = model.config.num_params() <= WHOLE
+        full = states.get_model_state_dict(model, options=whole) if small else {}
         meta = meta | {"step": step, "tokenizer": tok.hash}
         on_rank0(lambda: _publish(aside, final, model, full, tok, meta, keep_every))
     except (OSError, dcp.CheckpointException) as error:
@@ -719,13 +724,7 @@ def save_checkpoint(
 
 
 def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, keep_every) -> None:
-    from safetensors import SafetensorError
-
-    try:
-        model.save_pretrained(aside, weights)
-    except SafetensorError as error:  # how that library reports a full disk
-        raise OSError(str(error)) from None
-    tok.save(os.path.join(aside, tokenizer.FILE_NAME))
+    save_model(model, aside, weights, tok)
     paths = sorted(os.path.join(root, name) for root, _, names in os.walk(aside) for name in names)
     names = [os.path.relpath(path, aside) for path in paths]
     sizes, sums = map(os.path.getsize, paths), files.file_hashes(paths)
@@ -744,6 +743,37 @@ def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta:
             shutil.rmtree(old)
 
 
+def save_model(model: Llama, *args, **options) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(*args, **options)
+    except SafetensorError as error:  # how that library reports a full disk
+        raise OSError(str(error)) from None
+
+
+def export(source: str, out: str, dtype: torch.dtype = torch.bfloat16, limit: float = 5e9) -> None:
+    """Write the weights of a checkpoint, a run or a Hugging Face folder as a folder for other programs, in
+    `dtype` and in files of at most `limit` bytes. Nothing is written over: `out` must be empty, or new."""
+    from sample import load_model  # which loads nothing that was damaged, or has another tokenizer
+
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise ValueError(f"--export {out} is not an empty folder: give a new one")
+    path, aside = files.find_checkpoint(source), f"{os.path.normpath(out)}.unfinished"
+    model, tok = load_model(path)
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_model(model, aside, tok=tok, dtype=dtype, limit=limit)
+        os.makedirs(out, exist_ok=True)
+        os.rmdir(out)
+        os.rename(aside, out)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{out} could not be written: {error}") from None
+    size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out)) / 1e9
+    files.print0(f"exported {path} as {str(dtype).removeprefix('torch.')}: {out}, {size:.2f} GB")
+
+
 def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -> dict:
     """Weights and optimizer state, in place, of a checkpoint written by any number of ranks → its meta.json.
     Learning rate, betas and weight decay stay the optimizer's own: they belong to the stage."""
@@ -754,7 +784,7 @@ def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -
         dcp.load(state, checkpoint_id=os.path.join(path, "state"))
     except dcp.CheckpointException as error:
         raise ValueError(f"{path} cannot be loaded: {next(iter(error.failures.values()))[0]}") from None
-    weights, moments = state["model"], state["optimizer"]
+    weights, moments, model.generation = state["model"], state["optimizer"], read_generation(path)
     states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
@@ -1030,8 +1060,9 @@ def parse_args():
     add("--activation-checkpointing", action="store_true", help="recompute them: less memory")
     add("--tensorboard", action="store_true", help="metrics to TensorBoard too, if it is installed")
     add("--plan", action="store_true", help="print size, cost and GPU memory of the stage")
+    add("--export", metavar="DIR", help="write --from, or --branch, for other programs (bf16, or --dtype)")
     args = p.parse_args()
-    if not args.branch:
+    if not (args.branch or args.export and args.start):
         raise ValueError(f"--branch is needed: one of {', '.join(RECIPE)}")
     run = RUNS[args.preset]
     args.out = args.out or f"runs/{args.preset}"
@@ -1054,6 +1085,9 @@ def main() -> None:
         args = parse_args()
         if args.plan:
             return show_plan(args)
+        if args.export:
+            source, dtype = args.start or f"{args.out}/{args.branch}", DTYPES.get(args.dtype, torch.bfloat16)
+            return export(source, args.export, dtype)
         world = setup(args.threads)
         for stage in on_rank0(lambda: stages_to_run(args)):
             with lock_for_all(os.path.join(args.out, stage)):

@@ -19,6 +19,7 @@ the loss of each token. The model can be read alone, top to bottom, down to "Bel
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
 from torch.utils.checkpoint import checkpoint
 
-from data.files import print0_once, read_json, write_json
+from data.files import INDEX, print0_once, read_json, weight_files, write_json
 
 try:
     import triton
@@ -266,6 +267,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config, self.compute_dtype = config, torch.float32
+        self.generation: dict = {}  # generation_config.json of the folder that its weights came from
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -346,16 +348,22 @@ class Llama(nn.Module):
 
     @staticmethod
     def from_pretrained(path: str) -> "Llama":
-        """The model in a folder with config.json and *.safetensors; weights keep their stored dtype."""
+        """The model in a checkpoint folder with config.json; weights keep their stored dtype."""
         with torch.device("meta"):
             model = Llama(config_from_hf(read_json(os.path.join(path, "config.json"))))
-        model.load_state_dict(dict(read_weights(path, model)), assign=True)
+        if weight_files(path):
+            model.load_state_dict(dict(read_weights(path, model)), assign=True)
+        else:
+            read_state(path, model.to_empty(device="cpu"))
+        model.generation = read_generation(path)
         model.init_rope()
         return model
 
-    def save_pretrained(self, path: str, state: dict[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors. state: full tensors, if the model holds shards of them."""
-        write_model(path, self.config, self.state_dict() if state is None else state)
+    def save_pretrained(self, path: str, state: dict[str, Tensor] | None = None, tok=None, **options) -> None:
+        """Write a Hugging Face folder. state: full tensors, if the model holds shards of them; {} for none at
+        all; tok: the Tokenizer, without which text is left out; options: write_weights()'s."""
+        write_weights(path, self.state_dict() if state is None else state, **options)
+        write_settings(path, self, options.get("dtype") or self.embed.weight.dtype, tok)
 
 
 # ---- Below: faster, and elsewhere --------------------------------------------------------------------------
@@ -1177,6 +1185,9 @@ def config_from_hf(hf: dict) -> LlamaConfig:
 
     ValueError, naming the field, if one is missing or asks for what this Llama does not have.
     """
+    if (quantised := hf.get("quantization_config")) is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"config.json says quantization_config: {kind}; take the bf16 weights behind it")
     if (family := hf.get("model_type")) not in ("llama", "qwen2"):
         raise ValueError(f'config.json says model_type "{family}"; what can be read: llama, qwen2')
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
@@ -1211,22 +1222,30 @@ def config_to_hf(config: LlamaConfig, dtype: str) -> dict:
 
 
 def read_weights(path: str, model: Llama) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of a checkpoint folder, one after the other: every one of model's, and no other.
+    """(our name, tensor) of a folder's safetensors, one after the other: every one of model's, and no other.
 
-    ValueError, naming the tensor, if one is missing, unknown or of another shape than the model's.
+    ValueError, naming the tensor, if one is missing, unknown, quantised or not of the model's shape.
     """
     from safetensors import SafetensorError, safe_open
     expected = {hf_name(k): (k, tuple(v.shape)) for k, v in model.named_parameters()}
     missing = set(expected)
-    for file in sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(".safetensors")):
+    for file, wanted in weight_files(path).items():
+        file = os.path.join(path, file)
         try:
             with safe_open(file, framework="pt") as f:
-                for name in f.keys():
+                if wanted and (absent := wanted - set(f.keys())):
+                    raise ValueError(f"{file} lacks tensor {min(absent)}, which {INDEX} says it has")
+                for name in sorted(wanted or f.keys()):
                     if name == "lm_head.weight" and model.config.tie_embeddings:
                         continue  # some exporters write the tied matrix twice
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # older ones wrote what follows from config.json
                     if name not in expected:
                         raise ValueError(f"{file} has tensor {name}, which this Llama does not have")
                     (ours, shape), tensor = expected[name], f.get_tensor(name)
+                    if not tensor.is_floating_point() or tensor.itemsize < 2:
+                        what = f"{name} is {tensor.dtype}".replace("torch.", "")
+                        raise ValueError(f"{file}: {what}, quantised; take the bf16 weights behind it")
                     if (found := tuple(tensor.shape)) != shape:
                         file = os.path.basename(file)
                         raise ValueError(f"{file}: {name} has shape {found}, config.json says {shape}")
@@ -1252,16 +1271,59 @@ def load_pretrained(model: Llama, path: str) -> None:
 
     Called by every rank, which reads one tensor at a time and keeps its part: no second copy of the model.
     """
-    parameters = dict(model.named_parameters())
+    parameters, model.generation = dict(model.named_parameters()), read_generation(path)
+    if not weight_files(path):
+        return read_state(path, model)
     for name, tensor in read_weights(path, model):
         assign(parameters[name], tensor)
 
 
-def write_model(path: str, config: LlamaConfig, state: dict[str, Tensor]) -> None:
-    """Llama.save_pretrained()."""
+def read_state(path: str, model: Llama) -> None:
+    """Fill a model, whole or sharded, from the state/ of a training checkpoint, in place; not collective."""
+    import torch.distributed.checkpoint as dcp
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist means
+    try:
+        dcp.load({"model": model.state_dict()}, checkpoint_id=os.path.join(path, "state"), no_dist=True)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{path} cannot be loaded: {next(iter(error.failures.values()))[0]}") from None
+
+
+def read_generation(path: str) -> dict:
+    return read_json(os.path.join(path, "generation_config.json"), missing_ok=True) or {}
+
+
+def write_weights(path: str, state: dict[str, Tensor], dtype: torch.dtype | None = None, limit=5e9) -> None:
+    """Full tensors as safetensors of at most `limit` bytes, in `dtype` (None: their own), a file at a time:
+    model.safetensors, or several and an index that says which tensor is where."""
     from safetensors.torch import save_file
     os.makedirs(path, exist_ok=True)
-    weights = {hf_name(k): v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(weights, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    write_json(os.path.join(path, "config.json"), config_to_hf(config, dtype))
+    files, room, sizes = [], 0, {k: v.numel() * (dtype or v.dtype).itemsize for k, v in state.items()}
+    for name, size in sizes.items():
+        if size > room:
+            files, room = [*files, []], limit
+        files[-1].append(name)
+        room -= size
+    where = {}
+    for i, names in enumerate(files, 1):
+        file = f"model-{i:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        weights = {hf_name(name): state[name].detach().to("cpu", dtype).contiguous() for name in names}
+        save_file(weights, os.path.join(path, file), metadata={"format": "pt"})
+        where |= dict.fromkeys(weights, file)
+    if len(files) > 1:
+        size = {"total_size": sum(sizes.values())}
+        write_json(os.path.join(path, INDEX), {"metadata": size, "weight_map": where})
+
+
+def write_settings(path: str, model: Llama, dtype: torch.dtype, tok) -> None:
+    """config.json and, with a Tokenizer, its files and generation_config.json: what that of the model's
+    origin said, and the ids at which the sampler stops."""
+    config = config_to_hf(model.config, str(dtype).removeprefix("torch."))
+    if tok:
+        stops = tok.stops(model.generation)
+        ids = {"bos_token_id": tok.bos_id, "eos_token_id": list(stops) if stops[1:] else stops[0]}
+        # No padding in config.json: transformers never trains the embedding of what stands there.
+        generation = model.generation | ids | {"pad_token_id": tok.pad_id}
+        write_json(os.path.join(path, "generation_config.json"), generation)
+        tok.save_pretrained(path)
+        config |= ids
+    write_json(os.path.join(path, "config.json"), config)

@@ -625,7 +625,7 @@ def load_model(path: str, device: str = "cpu"):
     if meta.get("tokenizer", tok.hash) != tok.hash:
         raise ValueError(f"{path}: its tokenizer.model is not the one that this model was trained with")
     model = Llama.from_pretrained(path).to(device).eval()
-    model.compute_dtype = model.embed.weight.dtype
+    model.compute_dtype, tok.stop_ids = model.embed.weight.dtype, tok.stops(model.generation)
     return model, tok
 
 

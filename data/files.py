@@ -183,12 +183,34 @@ def find_checkpoint(path: str) -> str:
         return found
     if checkpoints(run_dir):
         raise FileNotFoundError(f"no whole checkpoint in {path}: all of them are damaged")
-    if not any(name.endswith(".safetensors") for name in os.listdir(path)):
-        raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/ nor *.safetensors")
+    in_state = not weight_files(path)
     meta = read_json(os.path.join(path, "meta.json"), missing_ok=True) or {}  # none of Hugging Face's has one
-    if "files" in meta and not is_whole(path, state=False):
+    if "files" in meta and not is_whole(path, in_state):
         raise ValueError(f"{path} is damaged: give another one, or its run's folder for the newest whole one")
     return path
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(path: str) -> dict[str, set | None]:
+    """A checkpoint's safetensors files and the tensors to read from each, None for all: what an index names,
+    else model.safetensors, else all of them but Meta's own format. {}: only state/ has the weights."""
+    names, index = os.listdir(path), read_json(os.path.join(path, INDEX), missing_ok=True)
+    found = ["model.safetensors"] if "model.safetensors" in names else sorted(
+        name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated"))
+    if index:
+        if not isinstance(tensors := index.get("weight_map"), dict) or not tensors:
+            raise ValueError(f"{path}/{INDEX} is damaged: no weight_map")
+        if missing := {*tensors.values()} - {*names}:
+            raise FileNotFoundError(f"{path} lacks {min(missing)}, which its {INDEX} names")
+        return {file: {name for name in tensors if tensors[name] == file} for file in tensors.values()}
+    if not found and not os.path.exists(os.path.join(path, "state", ".metadata")):
+        if other := [name for name in sorted(names) if name.endswith((".bin", ".pth", ".safetensors"))]:
+            how = "load it in transformers and save_pretrained() it, which writes safetensors"
+            raise ValueError(f"{path} holds weights only as {other[0]}, which is not read here: {how}")
+        raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/ nor *.safetensors")
+    return dict.fromkeys(found)
 
 
 # ---- Folders: one program at a time, and always with the same settings -------------------------------------

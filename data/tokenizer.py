@@ -186,6 +186,7 @@ def _to_json(tok: Tokenizer) -> bytes:
     order of the ranks, as in Llama 3's: of them only one can occur in a text, the last step of BPE on the
     token's own bytes. ignore_merges: a piece that is a token needs no merges that lead to it."""
     text = {token: "".join(_CHAR_OF[b] for b in token) for token in tok.ranks}
+    vocab = dict(zip(text.values(), tok.ranks.values()))
     splits = ((token[:i], token[i:]) for token in tok.ranks for i in range(1, len(token)))
     merges = [f"{text[a]} {text[b]}" for a, b in splits if a in text and b in text]
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -198,7 +199,7 @@ def _to_json(tok: Tokenizer) -> bytes:
         "post_processor": to_bytes, "decoder": to_bytes,
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": True, "vocab": {text[t]: i for t, i in tok.ranks.items()}, "merges": merges},
+                  "ignore_merges": True, "vocab": vocab, "merges": merges},
     }
     return json.dumps(spec, ensure_ascii=False, indent=1).encode()
 

@@ -395,7 +395,7 @@ DAMAGE = {
         "json is damaged: not JSON",
     ),
     "config.json is missing": (lambda path: (path / "config.json").unlink(), "config.json not found"),
-    "the weights are missing": (lambda path: (path / "model.safetensors").unlink(), "lacks 20 of 20"),
+    "the weights are missing": (lambda path: (path / "model.safetensors").unlink(), "no checkpoint in"),
 }
 
 
