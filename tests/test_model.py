@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import model as llama
+import sample
+from data import files, tokenizer
 from model import KVCache, Llama, LlamaConfig
+from sample import Sampler
 
 torch.set_num_threads(1)  # on matrices this small a second thread is only waited for
 
@@ -390,6 +393,9 @@ DAMAGE = {
     "a tensor is missing": (_edit_weights(lambda w: w.pop(_NORM)), f"lacks 1 of 20 tensors, {_NORM}"),
     "an unknown tensor": (_edit_weights(lambda w: w.update({"x": torch.ones(1)})), "tensor x"),
     "a file is cut off": (_cut, "cut off"),
+    "int8": (_edit_weights(lambda w: w.update({_NORM: w[_NORM].char()})), f"{_NORM} is int8, quantised"),
+    "fp8": (_edit_weights(lambda w: w.update({_NORM: w[_NORM].to(torch.float8_e4m3fn)})), "float8.*quantise"),
+    "said to be quantised": (_edit_config(quantization_config={"quant_method": "gptq"}), "config: gptq;"),
     "config.json is no JSON": (
         lambda path: (path / "config.json").write_text("{"),
         "json is damaged: not JSON",
@@ -407,3 +413,140 @@ def test_damaged_checkpoints(what, tmp_path):
     with pytest.raises((ValueError, OSError), match=message) as error:
         Llama.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A folder that leaves: where generation stops, files that an index names, quantised weights
+
+
+TEXTS = ["Ann had 48 clips and sold half of them, so 24 clips are left. \\boxed{24}\n", "Naïve café?\n"] * 3
+PROMPTS = ["Ann had", "24 clips", "so half of", "Naïve", "\n", "What is left?", "sold", "x", "é", "then"]
+
+
+def words_like(kind: str, folder, monkeypatch) -> tokenizer.Tokenizer:
+    """Our own kind of tokenizer, one whose special tokens are Llama 3's, and a tokenizer.json as Qwen's."""
+    if kind == "Qwen 2.5":
+        import test_tokenizer
+
+        test_tokenizer.JSON_KINDS["Qwen"]().save(str(folder / "given.json"))
+        return tokenizer.load(folder / "given.json")
+    if kind == "Llama 3":
+        monkeypatch.setattr(tokenizer, "LLAMA3_RANKS", 256 + 20)
+        return tokenizer.Tokenizer(tokenizer.train(TEXTS, 256 + 22).ranks)
+    return tokenizer.train(TEXTS, 256 + 40)
+
+
+def taught_to_stop(model: Llama, ids: list[list[int]], stops) -> None:
+    """Each stop changes its rows with a token that the model says in the middle of an answer."""
+    for eos, prompt in zip(stops, ids):
+        said = Sampler(model, None).generate([prompt], max_new_tokens=40, temperature=0.0)[0][0].tokens
+        known = {*stops, *(i for other in ids for i in other), *said[:5]}
+        token = next(i for i in said[5:] if i not in known)
+        with torch.no_grad():
+            for matrix in [model.embed.weight] + ([model.head.weight] if model.head else []):
+                matrix[[eos, token]] = matrix[[token, eos]]
+
+
+SHAPES = {
+    "tiny": CASES["GQA 2, untied"],
+    "Llama 3": CASES["scaled, untied, wide heads"],
+    "Qwen 2.5": CASES["Qwen, tied"],
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_generate_stops_where_our_sampler_stops(kind, transformers, tmp_path, monkeypatch):
+    """At each of several stops, token for token; Llama 3's with one more that only --init's settings name."""
+    tok = words_like(kind, tmp_path, monkeypatch)
+    model = random_llama(replace(SHAPES[kind], vocab_size=tok.vocab_size + 3 * (kind == "Qwen 2.5")))
+    stops = tok.stop_ids
+    if kind == "Llama 3":
+        more = tok.special["<|reserved_special_token_0|>"]
+        model.generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [tok.eos_id, more]}
+        stops = (*tok.stop_ids, more)
+    taught_to_stop(model, [tok.encode(prompt) for prompt in PROMPTS], stops)
+    model.save_pretrained(tmp_path, tok=tok)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == (list(stops) if len(stops) > 1 else stops[0])
+    assert settings.items() >= {k: v for k, v in model.generation.items() if k != "eos_token_id"}.items()
+    sampler = Sampler(*sample.load_model(str(tmp_path)))
+    ids = [tok.encode(prompt) for prompt in PROMPTS]
+    ours = [group[0] for group in sampler.generate(ids, max_new_tokens=40, temperature=0.0)]
+    assert {c.tokens[-1] for c in ours if c.finish_reason == "stop"} == {*stops}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for prompt, completion in zip(PROMPTS, ours):
+        given = words(prompt, return_tensors="pt")
+        out = theirs.generate(**given, max_new_tokens=40, do_sample=False)[0, given["input_ids"].shape[1] :]
+        assert out.tolist() == completion.tokens
+        if completion.finish_reason == "stop":
+            assert words.decode(out[:-1]) == completion.text
+
+
+def test_a_folder_sharded_with_an_index_and_in_another_dtype(transformers, tmp_path):
+    model = random_llama(CASES["GQA 2, untied"])
+    model.save_pretrained(tmp_path, dtype=torch.bfloat16, limit=10_000)
+    index = json.loads((tmp_path / files.INDEX).read_text())
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert {path.name for path in shards} == {*index["weight_map"].values()} and len(shards) > 3
+    assert all(path.stat().st_size < 10_000 + 2_000 for path in shards), "tensors and a header"
+    assert index["metadata"]["total_size"] == 2 * model.config.num_params()
+    again, tokens = Llama.from_pretrained(tmp_path), random_tokens(2, 20)
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), again.parameters()))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.dtype == torch.bfloat16
+    assert_close(again.float()(tokens), theirs.float()(tokens).logits)
+
+
+def _older_shards(path):
+    from safetensors.torch import load_file, save_file
+
+    for file in sorted(path.glob("model-*.safetensors")):
+        save_file({k: v + 1 for k, v in load_file(file).items()}, path / file.name.replace("-of-", "-of-1"))
+
+
+def _extra_files(path):
+    from safetensors.torch import load_file, save_file
+
+    save_file({"layers.0.attention.wq.weight": torch.ones(3)}, path / "consolidated.safetensors")
+    file = sorted(path.glob("model-*.safetensors"))[0]
+    rope = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(file) | rope, file)
+
+
+def test_what_an_index_names_is_read_and_nothing_else(tmp_path):
+    model, tokens = random_llama(), random_tokens(1, 9)
+    model.save_pretrained(tmp_path, limit=10_000)
+    _older_shards(tmp_path)
+    _extra_files(tmp_path)
+    assert files.find_checkpoint(str(tmp_path)) == str(tmp_path)
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
+    for path in tmp_path.glob("model-*-of-1*.safetensors"):
+        path.unlink()
+    index = json.loads((tmp_path / files.INDEX).read_text())
+    (tmp_path / files.INDEX).unlink()  # without one: all but Meta's own format
+    assert torch.equal(Llama.from_pretrained(tmp_path)(tokens), model(tokens))
+    names = sorted({*index["weight_map"].values()})
+    moved = {k: names[-1] if k == "model.norm.weight" else v for k, v in index["weight_map"].items()}
+    moved["model.norm.weight"] = names[0]
+    (tmp_path / files.INDEX).write_text(json.dumps(index | {"weight_map": moved}))
+    with pytest.raises(ValueError, match="lacks tensor model.norm.weight, which model.safe"):
+        Llama.from_pretrained(tmp_path)
+    del moved["model.norm.weight"]
+    (tmp_path / files.INDEX).write_text(json.dumps(index | {"weight_map": moved}))
+    with pytest.raises(ValueError, match="lacks 1 of 20 tensors, model.norm.weight"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / names[1]).unlink()
+    for read in (Llama.from_pretrained, files.find_checkpoint):
+        with pytest.raises(FileNotFoundError, match=f"lacks {names[1]}, which its model.safetensors.index"):
+            read(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "consolidated.safetensors"])
+def test_a_folder_without_safetensors_says_so(name, tmp_path):
+    random_llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    for read in (Llama.from_pretrained, files.find_checkpoint):
+        with pytest.raises(ValueError, match=f"only as {name}.*safetensors") as error:
+            read(str(tmp_path))
+        assert "\n" not in str(error.value)

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -274,3 +276,75 @@ def test_a_tokenizer_json_that_tiktoken_cannot_do_is_refused(damage, reason, tmp
     path.write_text(json.dumps(spec))
     with pytest.raises(ValueError, match=reason):
         tokenizer.load(path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AutoTokenizer on what save_pretrained() writes
+
+
+def named_as_llama3() -> tokenizer.Tokenizer:
+    names = enumerate(tokenizer.LLAMA3_SPECIAL_TOKENS, len(TOK.ranks))
+    return tokenizer.Tokenizer(TOK.ranks, special={name: i for i, name in names})
+
+
+def from_json(kind: str, folder: Path) -> tokenizer.Tokenizer:
+    path = folder / "given.json"
+    JSON_KINDS[kind]().save(str(path))
+    return tokenizer.load(path)
+
+
+SAVED_KINDS = {
+    "ours": lambda folder: TOK,
+    "ours, named as Llama 3's": lambda folder: named_as_llama3(),
+    "Llama 3's": lambda folder: tokenizer.load(LLAMA3),
+    "Qwen's": lambda folder: from_json("Qwen", folder),
+    "special tokens first": lambda folder: from_json("special tokens first", folder),
+}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=needs_llama3) if k == "Llama 3's" else k
+                                  for k in SAVED_KINDS])
+def test_auto_tokenizer_gives_our_ids(kind, tmp_path):
+    """To text as it is; a special token's name is its id there, as everywhere in transformers, and with
+    split_special_tokens=True it is text, as it always is to us. Nothing is put in front of a text."""
+    transformers = pytest.importorskip("transformers")
+    ours, family = SAVED_KINDS[kind](tmp_path), "qwen2" if "Qwen" in kind else "llama"
+    ours.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    theirs, special = transformers.AutoTokenizer.from_pretrained(tmp_path), ours.special
+    assert theirs.convert_tokens_to_ids(list(special)) == list(special.values())
+    assert (len(theirs), theirs.eos_token_id, theirs.bos_token_id) == (
+        ours.vocab_size, ours.eos_id, special.get("<|begin_of_text|>"))
+    assert theirs.pad_token_id == special.get("<|finetune_right_pad_id|>", ours.eos_id)
+    assert "tokenizer.model" not in os.listdir(tmp_path), "llama.cpp would read it as SentencePiece's"
+    if kind != "ours, named as Llama 3's":  # by the number of ranks, our own file tells whose names there are
+        assert tokenizer.load(tmp_path).hash == ours.hash
+        (tmp_path / "alone").mkdir()
+        shutil.copy(tmp_path / "tokenizer.json", tmp_path / "alone")
+        again = tokenizer.load(tmp_path / "alone")
+        assert again.agrees(ours) and again.special == special and again.stop_ids == ours.stop_ids
+    pieces = [*(name.encode() for name in list(special)[:12]), *ours.ranks]
+    several = st.lists(st.sampled_from(pieces), max_size=7)
+    joined = several.map(lambda some: b"".join(some).decode("utf-8", "ignore"))
+    parts = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+
+    @given(joined | st.text(max_size=40) | st.sampled_from(TEXTS) | st.sampled_from(WILD))
+    @settings(max_examples=150, deadline=None)
+    def same(text):
+        expected = []
+        for part in parts.split(text):
+            expected += [special[part]] if part in special else ours.encode(part)
+        assert theirs(text).input_ids == expected
+        assert theirs(text, split_special_tokens=True).input_ids == ours.encode(text)
+        assert ours.json_file or theirs.decode(expected) == ours.decode(expected) == text
+
+    same()
+
+
+def test_generation_settings_add_stops_that_are_special_tokens():
+    tok = named_as_llama3()
+    reserved, eos = tok.special["<|reserved_special_token_0|>"], tok.eos_id
+    for nothing_new in ({}, {"eos_token_id": None}, {"eos_token_id": 2}):  # an ordinary word
+        assert tok.stops(nothing_new) == tok.stop_ids
+    assert tok.stops({"eos_token_id": [eos, reserved]}) == (*tok.stop_ids, reserved) == (
+        eos, tok.special["<|eom_id|>"], tok.special["<|eot_id|>"], reserved)
