@@ -7,6 +7,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,8 @@ import pytest
 import torch
 
 import midtrain
-from data import files, prepare
+import sample
+from data import files, prepare, tokenizer
 from data.files import run_cli
 from model import Llama, LlamaConfig, hf_name
 
@@ -1120,3 +1122,112 @@ def test_the_plan_of_the_papers_sizes():
         args.batch, args.micro_batch = run["batch"], run["micro_batch"]
         plan = midtrain.memory_plan(midtrain.PRESETS[preset], args, "bf16", gpus)
         assert plan["peak"] / 2**30 == pytest.approx(peak, abs=0.1), (preset, gpus)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints as Hugging Face folders, large ones, export
+
+
+def test_a_checkpoint_is_a_whole_folder_and_keeps_inits_settings(train, tmp_path, shards):
+    """Through the stages: how to sample, the ids that end a text, the longest context."""
+    tok = tokenizer.load(shards)
+    init = Llama(LlamaConfig(300, 2, 32, 4, 2, 8, 64, max_position=96)).init_weights(0)
+    init.generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [299, tok.bos_id]}
+    init.save_pretrained(str(tmp_path / "init"), tok=tok)
+    command = ("--branch", "stable", "--init", str(tmp_path / "init"), "--steps", "2")
+    train(tmp_path, *command, "--save-every", "1")
+    shutil.rmtree(files.latest_checkpoint(str(tmp_path / "stable")))
+    train(tmp_path, *command, "--save-every", "1")  # goes on after step 1
+    train(tmp_path, "--branch", "short")
+    for stage in ("stable", "short"):
+        folder = Path(files.latest_checkpoint(str(tmp_path / stage)))
+        made = {str(path.relative_to(folder)) for path in folder.rglob("*.*") if path.parent.name != "state"}
+        assert made == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+                        "tokenizer_config.json", "original/tokenizer.model", "meta.json"}
+        said = json.loads((folder / "generation_config.json").read_text())
+        assert said["eos_token_id"] == [299, tok.bos_id] and said["temperature"] == 0.6 and said["do_sample"]
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (tok.bos_id, [299, tok.bos_id])
+        assert config["max_position_embeddings"] == 96
+        model, words = sample.load_model(str(folder))
+        assert (words.hash, words.stop_ids) == (tok.hash, (299, tok.bos_id))
+        assert model.generation["temperature"] == 0.6
+
+
+@pytest.mark.parametrize("own, kept", [(32, 64), (64, 64), (32_768, 32_768)])
+def test_a_model_from_init_keeps_its_positions(train, tmp_path, own, kept):
+    """Whatever the preset's are; a shorter one grows to what it is trained on."""
+    midtrain.RUNS["1b"] = midtrain.RUNS["tiny"] | {"steps": midtrain._stages(None, 1, 1, 1)}
+    qwen = LlamaConfig(300, 2, 32, 4, 2, 8, 64, qkv_bias=True, max_position=own)
+    Llama(qwen).init_weights(0).save_pretrained(str(tmp_path / "qwen"))
+    train(tmp_path, "--preset", "1b", "--branch", "stable", "--init", str(tmp_path / "qwen"))
+    train(tmp_path, "--preset", "1b", "--branch", "short")
+    for stage in ("stable", "short"):
+        saved = files.read_json(files.latest_checkpoint(str(tmp_path / stage)) + "/config.json")
+        assert saved["max_position_embeddings"] == kept
+
+
+def test_large_models_are_written_once_and_read_everywhere(train, tmp_path, monkeypatch, shards, capsys):
+    """Without model.safetensors a checkpoint resumes, is stood on, sampled, exported and given to --init."""
+    train(tmp_path / "whole", "--branch", "stable")
+    monkeypatch.setattr(midtrain, "WHOLE", 1000)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        at_step(patch, 7, crash)  # the third of stable, after its second checkpoint
+        train(tmp_path / "once", "--branch", "stable", "--save-every", "2")
+    train(tmp_path / "once", "--branch", "stable")
+    assert "goes on after step 2" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole/stable", tmp_path / "once/stable")
+    path = files.latest_checkpoint(str(tmp_path / "once/stable"))
+    assert not list(Path(path).glob("*.safetensors")) and files.find_checkpoint(path) == path
+    words = tokenizer.load(shards).encode("Tom has")
+    said = [
+        sample.Sampler(*sample.load_model(files.find_checkpoint(str(tmp_path / run / "stable")))).generate(
+            [words], max_new_tokens=9)[0][0].tokens for run in ("whole", "once")
+    ]
+    assert said[0] == said[1]
+    flags = ("--branch", "stable", "--init", path, "--steps", "2")
+    train(tmp_path / "one", *flags)
+    finish(torchrun(tmp_path, 2, *flags, "--data", shards, "--out", tmp_path / "two"))
+    assert_same_losses(tmp_path / "one/stable", tmp_path / "two/stable")
+    assert rows(tmp_path / "one/stable")[0]["loss"] < rows(tmp_path / "once/stable")[0]["loss"]
+    for source in (path, files.latest_checkpoint(str(tmp_path / "whole/stable"))):
+        midtrain.export(source, str(tmp_path / "out" / Path(source).parts[-4]), torch.float32)
+    made = [(tmp_path / "out" / run / "model.safetensors").read_bytes() for run in ("whole", "once")]
+    assert made[0] == made[1]
+    part = next(Path(path, "state").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is damaged"):
+        files.find_checkpoint(path)
+
+
+def test_export_is_what_transformers_loads(train, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    train(tmp_path / "run", "--branch", "base")
+    command = ["midtrain.py", "--out", str(tmp_path / "run"), "--branch", "base"]
+    monkeypatch.setattr(sys, "argv", [*command, "--export", str(tmp_path / "out")])
+    midtrain.main()
+    assert "as bfloat16" in capsys.readouterr().out
+    folder = files.latest_checkpoint(str(tmp_path / "run/base"))
+    model, theirs = Llama.from_pretrained(folder), transformers.AutoModelForCausalLM
+    tokens = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
+    midtrain.export(folder, str(tmp_path / "cut"), limit=20_000)
+    assert len(list((tmp_path / "cut").glob("model-*-of-*.safetensors"))) > 2
+    for out in ("out", "cut"):
+        half, ours = theirs.from_pretrained(tmp_path / out), Llama.from_pretrained(tmp_path / out)
+        assert half.dtype == torch.bfloat16
+        assert all(torch.equal(a.bfloat16(), b) for a, b in zip(model.parameters(), ours.parameters()))
+        expected = ours.float()(tokens)
+        torch.testing.assert_close(half.float()(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+        words = transformers.AutoTokenizer.from_pretrained(tmp_path / out)
+        assert words("Tom has 48").input_ids == tokenizer.load(folder).encode("Tom has 48")
+        assert not (tmp_path / out / "state").exists() and not (tmp_path / out / "meta.json").exists()
+    command = ["midtrain.py", "--from", folder, "--export", str(tmp_path / "fp32"), "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", command)
+    midtrain.main()
+    full = theirs.from_pretrained(tmp_path / "fp32")
+    torch.testing.assert_close(full(tokens).logits, model(tokens), rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_cli(midtrain.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "fp32 is not an empty folder" in error
