@@ -402,7 +402,7 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
         source = files.find_checkpoint(where)
         before = read_settings(stage_of(source)) or {}
         if "starts_from" not in before:
-            raise ValueError(f"{stage_of(source)}/config.json is not the configuration of a stage: use another")
+            raise ValueError(f"{stage_of(source)}/config.json is not the configuration of a stage")
         if args.init and before["starts_from"] != args.init:
             raise ValueError(f"{where} started from {before['starts_from']}, not from --init {args.init}")
     tok, mixture = tokenizer.load(data_dir), mixture_of(stage, args, data_dir)
@@ -724,23 +724,29 @@ def save_checkpoint(
 
 
 def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, keep_every) -> None:
+    parts = dcp.FileSystemReader(os.path.join(aside, "state")).read_metadata().storage_data.values()
+    for name in sorted({part.relative_path for part in parts}):
+        if not os.path.exists(os.path.join(aside, "state", name)):
+            raise OSError(f"{name} is not there: give an --out on a file system that all nodes share")
     save_model(model, aside, weights, tok)
     paths = sorted(os.path.join(root, name) for root, _, names in os.walk(aside) for name in names)
     names = [os.path.relpath(path, aside) for path in paths]
     sizes, sums = map(os.path.getsize, paths), files.file_hashes(paths)
     meta |= {"files": dict(zip(names, sizes)), "sha256": dict(zip(names, sums))}
     files.write_json(os.path.join(aside, "meta.json"), meta)
-    shutil.rmtree(final, ignore_errors=True)
+    files.sync(aside)
+    if os.path.lexists(final):  # damaged
+        files.remove(final)
     os.rename(aside, final)
     folder, name = os.path.split(final)
     files.write_text(os.path.join(folder, "latest"), name)
     steps = {path: int(path.rsplit("_", 1)[1]) for path in files.checkpoints(os.path.dirname(folder))}
     for later in [path for path in steps if steps[path] > meta["step"]]:  # damaged: this run began before it
-        shutil.rmtree(later)
+        files.remove(later)
         del steps[later]
     for old in list(steps)[KEEP:]:
         if not keep_every or steps[old] % keep_every:
-            shutil.rmtree(old)
+            files.remove(old)
 
 
 def save_model(model: Llama, *args, **options) -> None:
