@@ -8,12 +8,12 @@ or, where its set on the hub is known to us, from there.
 import os
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from data import prompts, recipes, synth
-from data.files import numbered_jsonl, read_json
+from data.files import numbered_rows, print0, read_json
+from data.recipes import column, last_box
 
 
 class Hub(NamedTuple):
@@ -33,17 +33,6 @@ def _hub(name: str, row: Callable[[dict], tuple[str, str]], part: str = "", spli
     return Hub(recipes.SourceSpec("qa", hub=name, part=part, split=split), row)
 
 
-def last_box(solution: str) -> str:
-    r"""What stands in the last \boxed{}, braces counted; "" without one."""
-    _, found, rest = solution.rpartition("\\boxed{")
-    depth = 1
-    for place, character in enumerate(rest if found else ""):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[:place]
-    return ""
-
-
 def _with_options(row: dict) -> tuple[str, str]:
     letters = ", ".join(f"({letter}) {text}" for letter, text in zip("ABCDEFGH", row["choices"]))
     task = "What of the following is the right choice? Explain your answer."
@@ -51,14 +40,18 @@ def _with_options(row: dict) -> tuple[str, str]:
 
 
 def _usual_columns(row: dict) -> tuple[str, str]:
-    """A question or problem; an answer, GSM8K's with its reasoning, or a solution whose last box it is."""
-    problem, answer = row.get("problem") or row.get("question"), row.get("answer")
-    if answer is None:
-        answer = last_box(str(row.get("solution")))
-    text = str(answer).rpartition("####")[2].strip()
-    if not isinstance(problem, str) or not text or type(answer) not in (str, int, float):
+    """A problem; an answer, GSM8K's with its reasoning, or a solution whose last box it is; "" for none."""
+    problem = next((row[name] for name in recipes.COLUMNS["problem"] if row.get(name)), None)
+    if isinstance(problem, list):  # a prompt may be a conversation
+        problem = problem[-1]["content"]
+    answers = [row[name] for name in recipes.COLUMNS["answer"] if name in row]
+    answer = next((value for value in answers if value is not None), "" if answers else None)
+    if answer in (None, "") and any(name in row for name in recipes.COLUMNS["solution"]):
+        solution = column(row, *recipes.COLUMNS["solution"])
+        answer = solution if "####" in solution else last_box(solution)
+    if not isinstance(problem, str) or type(answer) not in (str, int, float):
         raise KeyError
-    return problem, text
+    return problem, str(answer).rpartition("####")[2].strip()
 
 
 BENCHMARKS = {
@@ -80,65 +73,83 @@ BENCHMARKS = {
     "mawps": Benchmark("eval/mawps.jsonl", "word", 8),
     "tabmwp": Benchmark("eval/tabmwp_test1k.jsonl", "table", 8),
     "aime24": Benchmark("eval/aime24.jsonl", "math", 0),
+    "math8k": Benchmark("math8k/train.jsonl", "math", 0, Hub(recipes.MATH8K,  # to train on, see recipes.py
+        lambda r: _usual_columns(recipes.renamed(r, recipes.MATH8K.columns)))),
     "synth": Benchmark("", "word", 0),
 }
-THIRTEEN = tuple(name for name in BENCHMARKS if name not in ("aime24", "synth"))
+THIRTEEN = tuple(name for name in BENCHMARKS if name not in ("aime24", "math8k", "synth"))
 
 
-def load_problems(source: str, data_dir=None, limit: int | None = None, seed: int = 0) -> list[dict]:
+def load_problems(source: str, data_dir=None, limit: int | None = None, seed=0, columns=()) -> list[dict]:
     """Rows {"problem", "answer", ...}, both of them text, at most `limit`.
 
-    source: a benchmark's name, a file of JSON lines, or hub:ID[:PART[:SPLIT]]; what is a name and a file is
-    the file. data_dir: folder of the benchmarks' files; None: they come from the hub. synth: problems of the
+    source: a benchmark's name, a file, or hub:ID[:PART[:SPLIT]]; what is a name and a file is the file.
+    data_dir: folder of the benchmarks' files; None: they come from the hub. columns: as in SourceSpec, of a
+    file or hub:…; of these, rows without an answer or marked as wrong are left out. synth: problems of the
     generated corpus's test split, made from the seed, 500 if there is no limit."""
-    bench = None if os.path.isfile(source) else BENCHMARKS.get(source)
+    bench, pick = None if os.path.isfile(source) else BENCHMARKS.get(source), _usual_columns
     if bench and source == "synth":
         return synth.problems("test", limit or 500, seed)
-    if bench and data_dir is not None:
-        rows = read_rows(Path(data_dir) / bench.file, ("problem", "answer"))
-    elif bench and bench.hub:
-        rows = _hub_rows(bench.hub)
-    elif bench:
+    if bench and data_dir is None and not bench.hub:
         raise ValueError(f"where {source} lies on the hub is not known here: "
                          f"--data DIR reads DIR/{bench.file}")
-    elif source.startswith("hub:"):
-        name, part, split = (source[4:].split(":") + ["", ""])[:3]
-        rows = _hub_rows(_hub(name, _usual_columns, part, split or "train"))
+    if hub := bench.hub if bench and data_dir is None else source.startswith("hub:") and _own_hub(source):
+        from data.prepare import source_rows
+
+        rows, pick = source_rows(hub.spec), hub.row
     else:
-        rows = read_rows(source, ("problem", "answer"))
-    problems = list(islice(rows, limit))
+        path = str(Path(data_dir) / bench.file) if bench else source
+        rows = ((path, number, row) for number, row in numbered_rows(path))
+    problems, left_out = [], 0
+    for where, number, row in rows:
+        try:
+            problem, answer = pick(recipes.renamed(row, () if bench else columns))
+        except (KeyError, TypeError, AttributeError, IndexError):
+            lacks = f'{where}, line {number}: a row needs "problem" and "answer", as text'
+            lacks = f"{where}: row {number} has no problem with an answer" if hub else lacks
+            raise ValueError(f"{lacks}; its columns: {', '.join(row)} (--columns names others)") from None
+        if bench or recipes.is_answer(answer) and recipes.is_valid(row):
+            problems.append(({} if hub else row) | {"problem": problem, "answer": answer})
+        else:
+            left_out += 1
+        if len(problems) == limit:
+            break
+    if left_out:
+        print0(f"{source}: {left_out:,} rows left out, without an answer or marked as wrong")
     if not problems:
         raise ValueError(f"{source} holds no problem")
     return problems
 
 
+def _own_hub(source: str) -> Hub:
+    name, part, split = (source[4:].split(":") + ["", ""])[:3]
+    return _hub(name, _usual_columns, part, split or "train")
+
+
 def read_rows(path: str | Path, *pairs: tuple[str, str]) -> Iterator[dict]:
     """Rows of a file of JSON lines that have both names of one of the pairs, as text. Numbers become text."""
     wanted = " or ".join(" and ".join(f'"{name}"' for name in pair) for pair in pairs)
-    for number, row in numbered_jsonl(path):
+    for number, row in numbered_rows(path):
         pair = next((pair for pair in pairs if pair[0] in row and pair[1] in row), pairs[0])
         if not isinstance(row.get(pair[0]), str) or type(row.get(pair[1])) not in (str, int, float):
             raise ValueError(f"{path}, line {number}: a row needs {wanted}, as text")
         yield row | {pair[1]: str(row[pair[1]])}
 
 
-def _hub_rows(hub: Hub) -> Iterator[dict]:
-    from data.prepare import source_rows
+def find(source: str) -> tuple[str, Benchmark]:
+    """(name, benchmark) of a benchmark's name, or of one's own file or hub:…, taken to be like MATH."""
+    if os.path.isfile(source) or source.startswith("hub:"):
+        name = re.sub(r"\W+", "-", os.path.basename(source).removeprefix("hub:").partition(".")[0])
+        return name, Benchmark("", "math", 0)
+    if source not in BENCHMARKS:
+        valid = f"valid: {', '.join(BENCHMARKS)}, paper for its thirteen, a file, or hub:ID[:PART[:SPLIT]]"
+        raise ValueError(f"no benchmark {source!r} ({valid})")
+    return source, BENCHMARKS[source]
 
-    for number, (where, row) in enumerate(source_rows(hub.spec), 1):
-        try:
-            problem, answer = hub.row(row)
-        except (KeyError, TypeError, AttributeError, IndexError):
-            problem = f"row {number} has no problem with an answer; its columns: {', '.join(row)}"
-            raise ValueError(f"{where}: {problem}") from None
-        yield {"problem": problem, "answer": answer}
 
-
-def prompt(name: str, problem: str, shots: int | None, template: str) -> str:
+def prompt(source: str, problem: str, shots: int | None, template: str) -> str:
     """The text that the model continues. shots: number of solved examples; None: as many as in the paper."""
-    if name not in BENCHMARKS:
-        raise ValueError(f"no benchmark {name!r} (valid: {', '.join(BENCHMARKS)}, or paper for its thirteen)")
-    bench = BENCHMARKS[name]
+    name, bench = find(source)
     examples = prompts.SHOTS[bench.shots]
     wanted = bench.count if shots is None else shots
     if wanted > len(examples):
@@ -163,7 +174,8 @@ def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
     warnings, stage = [], Path(folder)
     config = read_json(stage / "config.json", missing_ok=True) or {}
     if (path := config.get("prompts")) and (path in BENCHMARKS or Path(path).is_file()):
-        trained = {_plain(row["problem"]) for row in load_problems(path, config.get("data"))}
+        columns = recipes.columns_of("prompts", config.get("columns"))
+        trained = {_plain(row["problem"]) for row in load_problems(path, config.get("data"), columns=columns)}
         if same := sum(_plain(row["problem"]) in trained for row in rows):
             warnings.append(f"{same} of the {len(rows)} problems of {name} are among the prompts of its RL, "
                             f"{path}" + "; report math500 instead" * (name == "math"))

@@ -7,6 +7,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ except ImportError:  # Windows: nothing keeps two programs out of one folder the
     fcntl = None
 
 Path = str | os.PathLike
+BLANK = b"\xef\xbb\xbf \t\r\n"  # what may stand before a row: a byte-order mark, white space
 
 # ---- Reading and writing -----------------------------------------------------------------------------------
 
@@ -74,27 +76,69 @@ def read_json(path: Path, missing_ok: bool = False) -> dict | None:
     return value
 
 
-def numbered_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[tuple]:
-    """(line number, row) of the rows of a .jsonl or .jsonl.gz file, a JSON object per line; empty lines are
-    skipped. count: is told the bytes of each row. A damaged line is a ValueError that names it, no such file
-    a FileNotFoundError."""
+def numbered_rows(path: Path, count: Callable[[int], None] = lambda size: None, broken_ok=False) -> Iterator:
+    """(line or row number, row) of a file or URL: JSON lines (also .gz, .zst), a JSON array, or .parquet. Empty
+    lines and byte-order marks are nothing. count: is told the bytes of each line. A line that is no object is a
+    ValueError that names it, or with broken_ok a row None; a truncated file is a ValueError, no such file a
+    FileNotFoundError."""
     number = 0
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        with _open(str(path)) as file:
+            if str(path).endswith(".parquet"):
+                for number, row in enumerate(_parquet_rows(file), 1):
+                    yield number, row
+                return
             for number, line in enumerate(file, 1):  # noqa: B007 (the error names it)
-                if line.strip():
-                    row = dict(json.loads(line.decode()))
+                if number == 1 and line.lstrip(BLANK).startswith(b"["):
+                    for number, row in enumerate(json.loads(line.lstrip(BLANK) + file.read()), 1):
+                        yield number, dict(row)
+                elif line := line.lstrip(BLANK):
+                    try:
+                        row = dict(json.loads(line.decode()))
+                    except (ValueError, TypeError, RecursionError):
+                        if not broken_ok:
+                            raise
+                        row = None
                     count(len(line))
                     yield number, row
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file (public ones: data/README.md)") from None
-    except (ValueError, TypeError, EOFError, RecursionError, zlib.error, gzip.BadGzipFile):
-        raise ValueError(f"{path}, line {number}: not one JSON object in UTF-8, or truncated") from None
+    except (ValueError, TypeError, EOFError, RecursionError, OSError, zlib.error) as error:
+        if getattr(error, "errno", None):  # the system's: no permission, say
+            raise
+        what = "not a parquet file" if str(path).endswith(".parquet") else "not one JSON object in UTF-8"
+        raise ValueError(f"{path}, line {number}: {what}, or truncated") from None
+
+
+def _open(path: str):
+    """A file's bytes, unpacked."""
+    if "://" in path:
+        import fsspec
+
+        file = fsspec.open(path).open()
+    else:
+        file = open(path, "rb")
+    if path.endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 20)
+    if path.endswith(".zst"):
+        import pyarrow  # unlike zstandard's reader it notices a truncated file
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), 1 << 20)
+    return file
+
+
+def _parquet_rows(file) -> Iterator[dict]:
+    """Of every file by itself: its columns need not be those of its neighbours."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20) as table:
+        for batch in table.iter_batches(64):
+            yield from batch.to_pylist()
 
 
 def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
     """The rows alone."""
-    return (row for _, row in numbered_jsonl(path, count))
+    return (row for _, row in numbered_rows(path, count))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ class Loader:
         return dict(zip(self.names, seen.tolist(), strict=True))
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How often each source was gone through in the first `step` steps."""
-        return {name: n / size for (name, n), size in zip(self.seen(step).items(), self.sizes.tolist())}
+        """How often the first `step` steps went through each source."""
+        return {name: seen / size for (name, seen), size in zip(self.seen(step).items(), self.sizes.tolist())}
 
     def validation(self, batches: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[str, Batch]]:
         """(source, batch) over the beginning of each source's held-out shard, at most `batches` per source.

@@ -70,12 +70,12 @@ def benchmark_problems(against: str | None, folder: Path | None) -> tuple[list[s
     paths = against.split(",") if against not in (None, "none") else []
     if against is None and folder:
         paths = [str(path) for name in recipes.EVALUATION_FILES for path in sorted(folder.glob(name))]
-    problems, columns = [], ("problem", "question", "prompt", "text")
+    problems, columns = [], (*recipes.COLUMNS["problem"], "text")
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path} to keep out of the training text")
         try:
-            problems += [str(recipes.column(row, *columns)) for row in files.read_jsonl(path)]
-        except KeyError as error:
+            problems += [recipes.column(row, *columns) for _, row in files.numbered_rows(path)]
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: {error.args[0]}") from None
     return paths, problems

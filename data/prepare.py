@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from array import array
 from collections import Counter, deque
@@ -34,6 +35,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+if not __package__:  # python …/data/prepare.py: `data` is not a module beside it, but its folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from data import files, recipes, synth, tokenizer
 from data.overlaps import GRAM, Grams, benchmark_problems
 from data.recipes import SourceSpec
@@ -41,19 +45,31 @@ from data.shards import AGAIN, read_index, tok_dtype, write_shard
 
 VAL_EVERY = 64  # of a real source, every 64th document is held out
 CHUNK_CHARACTERS = 1 << 20  # of text in a chunk: a tenth of a second of work
-EMPTY, MARKED = "without a document", "marked as a benchmark's"  # why a row is dropped
-OVERLAP, REPEATED = f"sharing {GRAM} words with a benchmark", "seen before"
+BAD_ROWS = 0.01  # share of a source's rows that may be bad: broken JSON, another type, no such column
+READABLE = tuple(kind + pack for kind in (".jsonl", ".json") for pack in ("", ".gz", ".zst")) + (".parquet",)
+# Why a row is dropped
+EMPTY, MARKED, INVALID = "without a document", "marked as a benchmark's", "marked as wrong"
+OVERLAP, REPEATED, BAD = f"sharing {GRAM} words with a benchmark", "seen before", "bad rows"
 _tools: dict = {}  # of this process, for tokenise(): {"tok": Tokenizer, "grams": Grams}
 
 # ---- One source --------------------------------------------------------------------------------------------
 
 
+class Dropped(NamedTuple):
+    """In place of a document. It is false, so that filter(None, read()) are the documents."""
+
+    why: str
+    error: str = ""  # of a bad row: where it is, and what is wrong with it
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class Source(NamedTuple):
-    """read(count) yields one document per row: "" for a row without one, None for one that is marked as the
-    answer to a benchmark's problem. count(n), if it is given, is told that n more bytes were read."""
+    """read(count) yields a document or Dropped per row; count(n), if given, hears of n more bytes read."""
 
     kind: str  # "text" | "document"
-    read: Callable[..., Iterator[str | None]]
+    read: Callable[..., Iterator[str | Dropped]]
     max_tokens: int | None  # of training; None: all
     val_every: int = VAL_EVERY
     unique: bool = True  # drop what came before
@@ -64,7 +80,7 @@ class Source(NamedTuple):
 
 def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool, workers: int) -> dict:
     """Write both shards of a source; returns its entry in the index."""
-    entry, read, held_out, dropped = {"kind": source.kind}, 0, [], Counter()
+    entry, read, held_out, dropped, bad = {"kind": source.kind}, 0, [], Counter(), []
 
     def count(size: int) -> None:
         nonlocal read
@@ -74,24 +90,30 @@ def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool
 
     with tqdm(desc=name, total=source.max_tokens, unit="tok", unit_scale=True, disable=None) as bar:
         rows = tokenised(source, count, pool, workers)
-        kept = kept_documents(source, rows, tok_dtype(tok), seq_len, held_out, dropped, bar)
+        kept = kept_documents(source, rows, tok_dtype(tok), seq_len, held_out, dropped, bad, bar)
         for split, documents in ("train", kept), ("val", held_out):
+            number = itertools.count()  # of documents: a shard's header counts the pieces of long ones
+            documents = (ids for ids, _ in zip(documents, number))
             header = write_shard(out / f"{name}.{split}.bin", source.kind, documents, tok, seq_len)
-            if not header["documents"]:
-                what = f"source {name!r} has no {split} documents"
+            if header["tokens"] <= (seq_len if source.kind == "text" else 0):
+                what = f"source {name!r} has {header['tokens']:,} {split} tokens, not a sequence of {seq_len}"
                 raise ValueError(f"{what}: leave it out, or give it more ({dict(dropped)})")
             entry[split] = {key: header[key] for key in ("tokens", "padding", "documents", "sha256")}
-    return entry | ({"dropped": dict(sorted(dropped.items()))} if dropped else {})
+            entry[split]["documents"] = next(number)
+    entry |= {"dropped": dict(sorted(dropped.items()))} if dropped else {}
+    return entry | ({"first_bad_row": bad[0]} if bad else {})
 
 
-def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counter, bar) -> Iterator:
-    """The documents to train on, until there are enough tokens; the few to hold out go to held_out."""
+def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counter, bad: list, bar):
+    """The documents to train on, until there are enough tokens; the few to hold out go to held_out, what is
+    wrong with bad rows to bad."""
     train_left = source.max_tokens or float("inf")  # tokens
     val_left = max(train_left / source.val_every, 4 * seq_len)
     seen, number = set(), 0
     for why, digest, ids in rows:
         if why or digest in seen:
             dropped[why or REPEATED] += 1
+            bad += [digest] if why == BAD else []
             continue
         if source.unique:
             seen.add(digest)
@@ -108,7 +130,7 @@ def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counte
             return
 
 
-def tokenised(source: Source, count, pool, workers: int) -> Iterator[tuple[str, bytes, bytes]]:
+def tokenised(source: Source, count, pool, workers: int) -> Iterator[tuple[str, bytes | str, bytes]]:
     """tokenise() of all rows of a source, in their order: here, or by the pool, some chunks ahead."""
     chunks, waiting = in_chunks(source.read(count)), deque()
     if pool is None:
@@ -126,26 +148,27 @@ def tokenised(source: Source, count, pool, workers: int) -> Iterator[tuple[str, 
         raise OSError(f"a worker died, out of memory perhaps: {how}") from None
 
 
-def in_chunks(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
+def in_chunks(texts: Iterable[str | Dropped]) -> Iterator[list[str | Dropped]]:
     """Lists of consecutive texts, about CHUNK_CHARACTERS in each."""
     chunk, characters = [], 0
     for text in texts:
         chunk.append(text)
-        characters += 100 + len(text or "")
+        characters += 100 + (len(text) if text else 0)
         if characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     yield chunk
 
 
-def tokenise(texts: list[str | None], guarded: bool) -> list[tuple[str, bytes, bytes]]:
-    """Per text: why it is dropped or "", its digest, the bytes of an array of its ids and the end of text."""
-    tok, data = _tools["tok"], [(text or "").encode("utf-8", "replace") for text in texts]
+def tokenise(texts: list[str | Dropped], guarded: bool) -> list[tuple[str, bytes | str, bytes]]:
+    """Per text: why it is dropped or "", its digest (of a bad row: what is wrong), the bytes of an array of
+    its ids and the end of text."""
+    tok, data = _tools["tok"], [text.encode("utf-8", "replace") if text else b"" for text in texts]
     overlaps = _tools["grams"].shared_by(data) if guarded else [False] * len(data)
     code, rows = tok_dtype(tok).char, []
     for text, letters, overlap in zip(texts, data, overlaps):
         if not text or overlap:
-            rows.append((MARKED if text is None else OVERLAP if text else EMPTY, b"", b""))
+            rows.append((OVERLAP, b"", b"") if text else (*text, b""))
         else:
             ids = array(code, tok.encode(text) + [tok.eos_id]).tobytes()
             rows.append(("", hashlib.blake2b(letters, digest_size=8).digest(), ids))
@@ -173,9 +196,7 @@ def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, prob
     unfinished = out / "unfinished.json"
     if not unfinished.exists():  # before the hours of work, not after them; what was begun has passed
         for name, source in sources.items():
-            if len(list(itertools.islice(filter(None, source.read()), 2))) < 2:
-                how = "leave it out, or give it more (--keep-overlaps keeps rows marked as a benchmark's)"
-                raise ValueError(f"source {name!r} has fewer than two documents: {how}")
+            check_two_documents(name, source)
     with files.run_lock(out):
         if not unfinished.exists():
             tok = train_tokenizer(sources, vocab) if isinstance(vocab, int) else vocab
@@ -197,6 +218,20 @@ def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, prob
                 files.write_json(unfinished, index)
         os.replace(unfinished, out / "index.json")
     return index
+
+
+def check_two_documents(name: str, source: Source) -> None:
+    """ValueError if a source has less, one to train on and one to hold out: with the reasons."""
+    found, dropped = 0, Counter()
+    for text in source.read():
+        found += bool(text)
+        if found == 2:
+            return
+        if not text:
+            dropped[text.why] += 1
+    why = ", ".join(f"{n:,} {why}" for why, n in dropped.items()) or "none"
+    how = f"keep them by --keep-overlaps {name}, or " if dropped[MARKED] else ""
+    raise ValueError(f"source {name!r} has fewer than two documents (other rows: {why}): {how}leave it out")
 
 
 def train_tokenizer(sources: dict[str, Source], vocab_size: int, characters=2_000_000) -> tokenizer.Tokenizer:
@@ -231,38 +266,61 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
 # ---- Rows of files and of the hub --------------------------------------------------------------------------
 
 
-def source_rows(spec: SourceSpec, folder=Path(), count=lambda size: None) -> Iterator[tuple[str, dict]]:
-    """(where, row) of all rows of a source; files are read in turns, a row of each."""
-    if spec.hub:
-        part = {"data_files": spec.part} if "*" in spec.part else {"name": spec.part or None}
-        what = f"{spec.hub} {spec.part}".strip() + f", split {spec.split}"
-        return _streamed(what, path=spec.hub, split=spec.split, **part)
-    paths = source_files(spec, folder)
-    if paths[0].endswith(".parquet"):
-        return _streamed(", ".join(spec.files), path="parquet", data_files=paths, split="train")
-    return _in_turns(paths, count)
+def source_rows(spec: SourceSpec, folder=Path(), count=lambda size: None, broken_ok=False) -> Iterator:
+    """(where, line or row, None or the row) of all rows, as files.numbered_rows() has them. Files are read in
+    turns, a row of each, those of the hub one after another."""
+    if not spec.hub:
+        return _in_turns(source_files(spec, folder), 64, count, broken_ok)
+    return _hub_rows(spec, broken_ok)
 
 
-def _streamed(what: str, **where) -> Iterator[tuple[str, dict]]:
-    """The rows of a data set by `datasets`, without downloading it whole."""
+def _hub_rows(spec: SourceSpec, broken_ok: bool) -> Iterator[tuple[str, int, dict | None]]:
+    """Of a data set of the hub, without downloading it whole."""
     import datasets
 
     datasets.disable_progress_bars()
+    part = {"data_files": spec.part} if "*" in spec.part else {"name": spec.part or None}
     try:
-        yield from ((what, row) for row in datasets.load_dataset(**where, streaming=True))
+        builder = datasets.load_dataset_builder(spec.hub, revision=spec.revision or None, **part)
+        paths = (builder.config.data_files or {}).get(spec.split, [])
+        if paths and all(path.endswith(READABLE) for path in paths):
+            yield from _in_turns(list(paths), 1, lambda size: None, broken_ok)
+        else:  # another format, no such split
+            rows = builder.as_streaming_dataset(split=spec.split)
+            yield from ((spec.hub, number, row) for number, row in enumerate(rows, 1))
     except Exception as error:  # of any kind: a network's, a file's, an unknown name's
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        what = f"{spec.hub} {spec.part}".strip() + f", split {spec.split}"
         raise ValueError(f"{what} cannot be read: {reason}") from None
 
 
-def _in_turns(paths: list[str], count) -> Iterator[tuple[str, dict]]:
-    """A row of each file, again and again. Of many files 64 are open at a time: thousands are not allowed."""
-    waiting = ((path, files.read_jsonl(path, count)) for path in paths)
-    turns = deque(itertools.islice(waiting, 64))
+def pinned_revisions(out: Path, hubs: set[str]) -> dict[str, str]:
+    """{data set of the hub: its commit}: those that a folder was begun with, or those of now."""
+    begun = [files.read_json(out / name, missing_ok=True) for name in ("index.json", "unfinished.json")]
+    for index in filter(None, begun):
+        return (index.get("settings") or {}).get("revisions") or {}
+    return {hub: hub_revision(hub) for hub in sorted(hubs)}
+
+
+def hub_revision(name: str) -> str:
+    """The commit that a data set of the hub is at now; "" if that is not known, or for a folder."""
+    import huggingface_hub
+
+    try:
+        return "" if os.path.isdir(name) else huggingface_hub.HfApi().dataset_info(name).sha or ""
+    except Exception as error:  # as above
+        print(f"{name}: its revision is not known, so it is not pinned ({type(error).__name__})")
+        return ""
+
+
+def _in_turns(paths: list[str], at_once: int, count, broken_ok: bool) -> Iterator[tuple[str, int, dict]]:
+    """A row of each file, again and again. So many are open at a time: thousands are not allowed."""
+    waiting = ((path, files.numbered_rows(path, count, broken_ok)) for path in paths)
+    turns = deque(itertools.islice(waiting, at_once))
     while turns:
         name, rows = turns.popleft()
-        if (row := next(rows, None)) is not None:
-            yield name, row
+        if (found := next(rows, None)) is not None:
+            yield name, *found
             turns.append((name, rows))
         else:
             turns.extend(itertools.islice(waiting, 1))
@@ -278,32 +336,44 @@ def source_files(spec: SourceSpec, folder: Path) -> list[str]:
             raise FileNotFoundError(f"no file {path}: data/README.md says where the public files are from")
         found += paths
     for path in found:
-        if not path.endswith((".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")):
-            raise ValueError(f"{path}: only .jsonl, .jsonl.gz and .parquet files can be read")
-    if len({path.endswith(".parquet") for path in found}) > 1:
-        raise ValueError(f"{', '.join(spec.files)}: parquet and JSON lines in one source; make two of them")
+        if not path.endswith(READABLE):
+            raise ValueError(f"{path}: only {', '.join(READABLE)} files can be read")
     return found
 
 
-def read_documents(spec: SourceSpec, folder: Path, keep_overlaps: bool, count=lambda size: None):
-    """What Source.read() gives. A row whose "overlaps" names a benchmark's problem teaches the test: None."""
-    for n, (where, row) in enumerate(source_rows(spec, folder, count), 1):
-        if row.get("overlaps") and not keep_overlaps:
-            yield None
-            continue
-        try:
-            text = recipes.FORMATS[spec.format](row)
-            if not isinstance(text, str | None):
-                raise TypeError(f"{type(text).__name__} instead of text")
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            reason = error.args[0] if error.args else error
-            raise ValueError(f"{where}: row {n} does not fit the format {spec.format!r}: {reason}") from None
-        yield text or ""
+def read_documents(spec, folder: Path, keep_overlaps: bool, bad_rows=BAD_ROWS, count=lambda size: None):
+    """What Source.read() gives. ValueError, that of the first bad row, if a larger share of the rows is bad: at
+    once if so many would be too many of a thousand, or at the end. One may be bad, unless the share is 0."""
+    rows, bad, first = 0, 0, ""
+    for rows, place in enumerate(source_rows(spec, folder, count, broken_ok=True), 1):  # noqa: B007
+        text = _document(spec, *place, keep_overlaps)
+        if not text and text.why == BAD:
+            bad, first = bad + 1, first or text.error
+            if bad > bad_rows * max(rows, 1000):
+                break
+        yield text
+    if bad and (bad == rows or bad > (bad_rows and max(1, bad_rows * rows))):
+        raise ValueError(f"{first} ({bad:,} bad rows of {rows:,}; --columns, --bad-rows)")
 
 
-def real_source(spec: SourceSpec, folder: Path, max_tokens: int | None, keep_overlaps: bool) -> Source:
+def _document(spec: SourceSpec, where: str, number: int, row: dict | None, keep_overlaps) -> str | Dropped:
+    """Of a row. If its "overlaps" names a benchmark's problem, it teaches the test."""
+    if row is None:
+        return Dropped(BAD, f"{where}, line {number}: not one JSON object in UTF-8")
+    if row.get("overlaps") and not keep_overlaps:
+        return Dropped(MARKED)
+    if not recipes.is_valid(row):
+        return Dropped(INVALID)
+    try:
+        return recipes.FORMATS[spec.format](recipes.renamed(row, spec.columns)) or Dropped(EMPTY)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        reason = error.args[0] if error.args else error
+        return Dropped(BAD, f"{where}: row {number} does not fit the format {spec.format!r}: {reason}")
+
+
+def real_source(spec: SourceSpec, folder: Path, max_tokens, keep_overlaps: bool, bad_rows=BAD_ROWS) -> Source:
     """A source of files or of the hub."""
-    read = partial(read_documents, spec, folder, keep_overlaps)
+    read = partial(read_documents, spec, folder, keep_overlaps, bad_rows)
     prints, sizes = zip(*map(fingerprint, source_files(spec, folder))) if spec.files else ((), ())
     return Source(spec.kind, read, max_tokens, guarded=not keep_overlaps, size=sum(sizes), prints=prints)
 
@@ -361,7 +431,11 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
     add("--sources", metavar="NAMES", help="some of its sources, comma-separated (default: all)")
     add("--source", type=own_source, action="append", metavar="NAME=FORMAT:FILE",
         help="source of your own in place of a corpus (repeat it): FORMAT text, qa, long_cot or chat; FILE "
-        ".jsonl, .jsonl.gz or .parquet, * allowed, or hub:ID[:PART[:SPLIT]], PART a configuration or files")
+        ".jsonl (.gz, .zst) or .parquet, * allowed, or hub:ID[:PART[:SPLIT]], PART a configuration or files")
+    add("--columns", type=recipes.column_map, metavar="MAP",
+        help="columns of other names than usual: problem=Q,answer=A of all sources, qa.problem=Q of one")
+    add("--bad-rows", type=float, default=BAD_ROWS, metavar="SHARE",
+        help="share of a source's rows that may be bad and are dropped (default %(default)s)")
     add("--tokenizer", metavar="FILE", help="tokenizer's file or folder (default: train one on the sources)")
     add("--vocab-size", type=int, default=4096, help="size of a tokenizer that is trained (default 4096)")
     add("--seq-len", type=int, default=256, help="length of packed rows, as in training (default 256)")
@@ -389,24 +463,27 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
         if name not in specs:
             parser.error(f"unknown source {name!r} (valid: {', '.join(specs)})")
     args.keep_overlaps = sorted(set(kept) & set(names))
-    return args, {name: specs[name] for name in names}
+    return args, {x: specs[x]._replace(columns=recipes.columns_of(x, args.columns)) for x in names}
 
 
 def main() -> None:
     args, specs = parse_args()
     budgets = {name: args.max_tokens.get(name, args.max_tokens.get("")) for name in specs}
     folder, keep = args.data or Path(), args.keep_overlaps
-    sources = {name: real_source(spec, folder, budgets[name], name in keep) for name, spec in specs.items()}
+    revisions = pinned_revisions(args.out, {spec.hub for spec in specs.values()} - {""})
+    specs = {name: spec._replace(revision=revisions.get(spec.hub, "")) for name, spec in specs.items()}
+    sources = {
+        x: real_source(spec, folder, budgets[x], x in keep, args.bad_rows) for x, spec in specs.items()}
     paths, problems = benchmark_problems(args.against, args.data)
     tok = tokenizer.load(args.tokenizer) if args.tokenizer else None
     settings = {
         "corpus": "own" if args.source else args.corpus,
-        "sources": {name: list(spec) for name, spec in specs.items()},
+        "sources": {name: [*spec[:5], *spec.columns] for name, spec in specs.items()},
         "files": {name: source.prints for name, source in sources.items()},
         "max_tokens": budgets, "keep_overlaps": keep,
         "against": hashlib.sha256("\0".join(problems).encode()).hexdigest()[:16] if problems else None,
         "tokenizer": tok.hash if tok else f"trained, {args.vocab_size} words",
-    }
+    } | ({"revisions": revisions} if revisions else {})
     if problems:
         print(f"kept out: {GRAM} words in a row of one of {len(problems):,} problems of {', '.join(paths)}")
         print(f"{Grams(problems).short:,} of these have fewer words: text that contains them is not found")
@@ -418,7 +495,8 @@ def main() -> None:
         train, val = (entry[split]["tokens"] - entry[split]["padding"] for split in ("train", "val"))
         said = f"{train:14,} tokens in {entry['train']['documents']:,} documents, {val:,} tokens held out"
         dropped = ", ".join(f"{n:,} {why}" for why, n in entry.get("dropped", {}).items())
-        print(f"{name:14} {said}{dropped and '; dropped: '}{dropped}")
+        bad = f" (the first: {entry['first_bad_row']})" if "first_bad_row" in entry else ""
+        print(f"{name:14} {said}{dropped and '; dropped: '}{dropped}{bad}")
     print(f"ready: {args.out}")
 
 

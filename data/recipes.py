@@ -11,7 +11,9 @@ appendix), with the places of its sources on the Hugging Face hub. "tiny" is the
 corpus (data/synth.py), "real" the same recipe on public files in a folder of your own (data/README.md).
 """
 
+import argparse
 import re
+from itertools import zip_longest
 from typing import NamedTuple
 
 STAGE_NAMES = ("base", "stable", "long", "short", "hybrid")  # base stands in for Llama's own pre-training
@@ -25,6 +27,8 @@ class SourceSpec(NamedTuple):
     hub: str = ""  # or a data set of the Hugging Face hub
     part: str = ""  # of which a configuration, or files: a path with * in it
     split: str = "train"
+    columns: tuple[tuple[str, str], ...] = ()  # our names of columns and the set's, see renamed()
+    revision: str = ""  # commit of the hub's data set; "": the newest
 
     @property
     def kind(self) -> str:
@@ -39,7 +43,6 @@ PAPER_SOURCES = {
     "web_pro": SourceSpec("text", hub=MEGAMATH, part="megamath-web-pro/**/*.parquet"),
     "dclm": SourceSpec("text", hub="mlfoundations/dclm-baseline-1.0"),
     "text_code": SourceSpec("text", hub=MEGAMATH, part="megamath-text-code-block/**/*.parquet"),
-    "code": SourceSpec("text", hub=MEGAMATH, part="megamath-code/**/*.parquet"),
     "translated_code": SourceSpec("text", hub=MEGAMATH, part="megamath-translated-code/**/*.parquet"),
     "megamath_qa": SourceSpec("qa", hub=MEGAMATH, part="megamath-qa/**/*.parquet"),
     "open_r1": SourceSpec("long_cot", hub="open-r1/OpenR1-Math-220k", part="default"),
@@ -56,13 +59,19 @@ PAPER_SOURCES = {
 
 _DECAY = {"web_pro": 0.55, "dclm": 0.05, "tulu": 0.034, "wildchat": 0.033, "ultrachat": 0.033}
 PAPER = {
+    # The paper: code and translated_code 0.0125 each. MegaMath-Code is published as pointers to files without
+    # their text, so translated_code has the share of both.
     "stable": {
-        "web_pro_max": 0.725, "dclm": 0.10, "text_code": 0.10, "megamath_qa": 0.05, "code": 0.0125,
-        "translated_code": 0.0125},
+        "web_pro_max": 0.725, "dclm": 0.10, "text_code": 0.10, "megamath_qa": 0.05, "translated_code": 0.025},
     "long": _DECAY | {"open_r1": 0.15, "am_distilled": 0.15},
     "short": _DECAY | {"megamath_qa": 0.025, "open_math_instruct": 0.175, "numina": 0.10},
     "hybrid": _DECAY | {"open_r1": 0.10, "open_math_instruct": 0.10, "numina": 0.10},
 }
+
+# The prompts of the paper's RL, 8,523 problems of MATH, levels 3 to 5: rl.py --prompts math8k has them from
+# the hub, or from math8k/train.jsonl in --data DIR. 2,934 are in MATH's test set: report MATH500 after them.
+MATH8K = SourceSpec("qa", hub="hkust-nlp/SimpleRL-Zoo-Data", part="simplelr_abel_level3to5/train*.parquet",
+                    columns=(("problem", "extra_info.question"), ("answer", "extra_info.answer")))
 
 # ------------------------------------------------------------------------------------------------------------
 # The generated corpus: web, code and text-code blocks become "web"; short and long chains of thought are one
@@ -123,62 +132,144 @@ CONTROLLED = {
 }
 
 # ------------------------------------------------------------------------------------------------------------
-# What a row becomes. Columns go by several names in public sets; a row without any of them is a KeyError that
-# lists its own.
+# What a row becomes. The usual names of columns in public sets, for the formats here and for problems
+# (benchmarks.py). A row that does not fit is a KeyError or TypeError that says why.
+
+COLUMNS = {
+    "text": ("text", "content"),
+    "problem": ("problem", "question", "prompt", "instruction", "query"),
+    "answer": ("answer", "expected_answer", "gt_answer", "final_answer"),
+    "solution": ("solution", "generated_solution", "response", "output", "completion", "generation"),
+    "messages": ("messages", "conversations", "conversation"),
+}
+NO_ANSWER = {"", "proof", "notfound", "not found", "n/a", "na", "none", "null", "nan", "unknown", "-"}
+SPEAKERS = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant"}
 
 
-def column(row: dict, *names: str):
+def column_map(text: str) -> dict[str, str]:
+    """ "problem=Q,exam.answer=x.A" → {"problem": "Q", "exam.answer": "x.A"}; A is a part of column x."""
+    pairs = dict(part.partition("=")[::2] for part in text.split(","))
+    if any(ours.rpartition(".")[2] not in COLUMNS or not theirs for ours, theirs in pairs.items()):
+        how = f"[SOURCE.]COLUMN=NAME,…, COLUMN one of {', '.join(COLUMNS)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {how}")
+    return pairs
+
+
+def columns_of(name: str, columns: dict[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """What a column map says of a source."""
+    pairs = ((ours.rpartition("."), theirs) for ours, theirs in (columns or {}).items())
+    return tuple((ours, theirs) for (source, _, ours), theirs in pairs if source in ("", name))
+
+
+def renamed(row: dict, columns: tuple[tuple[str, str], ...]) -> dict:
+    """The row with these columns under our names, in place of all that usually have their meaning."""
+    for ours, theirs in columns:
+        value = row
+        for part in theirs.split("."):
+            if part not in value:
+                raise KeyError(f"no column {theirs}; it has: {', '.join(row)}")
+            value = value[part]
+        row = {name: row[name] for name in row if name not in COLUMNS[ours]} | {ours: value}
+    return row
+
+
+def column(row: dict, *names: str) -> str:
     """The first of these columns that has a value; "" if they have none."""
-    found = [row[name] for name in names if name in row]
-    if not found:
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        if any(name in row for name in names):
+            return ""
         raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
-    return next((value for value in found if value is not None), "")
+    return checked(row[name], name)
+
+
+def checked(text, name: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {type(text).__name__} instead of text")
+    return text
+
+
+def turns(row: dict) -> list[tuple[str, str]]:
+    """(who, text) of a conversation, as role and content or as ShareGPT's from and value."""
+    name = next(name for name in COLUMNS["messages"] if row.get(name))
+    said = [(m.get("role") or m["from"], m["content"] if "content" in m else m["value"]) for m in row[name]]
+    return [(who, checked(text, "the content of a message")) for who, text in said]
+
+
+def is_valid(row: dict) -> bool:
+    """Does no column say that problem or solution is wrong? NuminaMath's have Yes, No, Incomplete, …"""
+    said = [str(row.get(name)).lower() for name in ("problem_is_valid", "solution_is_valid", "is_valid")]
+    no = any(row.get(name) in (False, "False", "false", "No", "no") for name in ("correct", "is_correct"))
+    return not no and all(word in ("yes", "true", "1", "none", "nan", "") for word in said)
+
+
+def is_answer(text: str) -> bool:
+    return text.strip(" .").lower() not in NO_ANSWER
+
+
+def last_box(solution: str) -> str:
+    r"""What stands in the last \boxed{}, braces counted; "" without one."""
+    _, found, rest = solution.rpartition("\\boxed{")
+    depth = 1
+    for place, character in enumerate(rest if found else ""):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[:place]
+    return ""
 
 
 def running_text(row: dict) -> str:
     """A page of text, or an exercise and its solution as one."""
     if "problem" in row and "text" not in row:
-        return row["problem"] + "\n\n" + row["solution"]
-    return column(row, "text", "content")
+        return column(row, "problem") + "\n\n" + column(row, *COLUMNS["solution"])
+    return column(row, *COLUMNS["text"])
 
 
 def question_answer(row: dict) -> str | None:
-    r"""Problem, newline, solution with its final \boxed{answer}, without GSM8K's marks (<<48/2=24>>)."""
-    if "text" in row:  # MegaMath-QA is written out already
-        return row["text"]
-    solution = re.sub(r"<<.*?>>", "", column(row, "solution", "generated_solution", "response")).strip()
-    answer = row["answer"] if row.get("answer") is not None else row.get("expected_answer")
+    r"""Problem, newline, solution with its final \boxed{answer}, without GSM8K's marks (<<48/2=24>>). A column
+    answer without one for the solution has the solution, and then perhaps #### and the answer."""
+    if "text" in row and "problem" not in row:  # MegaMath-QA is written out already
+        return column(row, "text")
+    names = [name for name in COLUMNS["solution"] if name in row]
+    solution = column(row, *(names or COLUMNS["answer"]))
+    answer = next((row[x] for x in COLUMNS["answer"] if names and type(row.get(x)) in (str, int, float)), "")
+    if "####" in solution:
+        solution, _, answer = solution.rpartition("####")
+    solution = re.sub(r"<<.*?>>", "", solution).strip()
     if not solution:
         return None
-    if "\\boxed" not in solution and answer not in (None, ""):
-        solution += f"\nThe answer is \\boxed{{{answer}}}."
-    return f"{column(row, 'problem', 'question').strip()}\n{solution}"
+    if "\\boxed" not in solution and is_answer(answer := str(answer).strip()):
+        solution += f"\nThe answer is \\boxed{{{last_box(answer) or answer}}}."
+    return f"{column(row, *COLUMNS['problem']).strip()}\n{solution}"
 
 
 def long_thought(row: dict) -> str | None:
-    """Question, newline, <think>…</think>, answer. Of several generations the first correct one, or None."""
-    if "messages" in row and "problem" not in row:
-        question, thought = (row["messages"][i]["content"] for i in (-2, -1))
-    elif "generations" in row:
-        correct = row.get("correctness_math_verify") or row.get("correctness_llama") or []
-        thought = next((text for text, ok in zip(row["generations"], correct) if ok), None)
-        question = row["problem"]
+    """Question, newline, <think>…</think>, answer. Of several generations the first correct and whole one."""
+    if "generations" in row:
+        judged = (row.get(name) or () for name in ("correctness_math_verify", "correctness_llama"))
+        whole = row.get("is_reasoning_complete") or [True] * len(row["generations"])
+        found = zip(row["generations"], map(any, zip_longest(*judged)), whole)
+        thought = next((text for text, correct, complete in found if correct and complete), None)
+    elif "problem" not in row and any(row.get(name) for name in COLUMNS["messages"]):
+        (_, question), (_, thought) = turns(row)[-2:]
+        row = {"problem": question}
     else:
-        question, thought = column(row, "problem", "question"), column(row, "response", "generation")
-    return thought and f"{question.strip()}\n{re.sub('</?answer>', '', thought).strip()}"
+        thought = column(row, "response", "generation", *COLUMNS["solution"])
+    question = column(row, *COLUMNS["problem"]).strip()
+    return thought and f"{question}\n{re.sub('</?answer>', '', thought).strip()}"
 
 
 def conversation(row: dict) -> str | None:
     """User:… and Assistant:… in turns. None where the row names a model that is not of GPT-4's class."""
-    if not (row.get("model") or "gpt-4").startswith("gpt-4"):
+    if not str(row.get("model") or "gpt-4").startswith("gpt-4"):
         return None
-    if "instruction" in row:
-        question = "\n".join(part.strip() for part in (row["instruction"], row.get("context")) if part)
-        turns = [("User", question), ("Assistant", row["response"])]
+    if any(row.get(name) for name in COLUMNS["messages"]):
+        said = turns(row)
     else:
-        names = {"user": "User", "assistant": "Assistant"}
-        turns = [(names.get(m["role"]), m["content"]) for m in column(row, "messages", "conversation")]
-    return "\n".join(f"{name}:{text.strip()}" for name, text in turns if name)
+        question = [column(row, *COLUMNS["problem"]), *(row[x] for x in ("context", "input") if row.get(x))]
+        answer = column(row, *COLUMNS["solution"], *COLUMNS["answer"])
+        said = [("user", "\n".join(part.strip() for part in question)), ("assistant", answer)]
+    return "\n".join(f"{SPEAKERS[who]}:{text.strip()}" for who, text in said if who in SPEAKERS)
 
 
 FORMATS = {"text": running_text, "qa": question_answer, "long_cot": long_thought, "chat": conversation}

@@ -78,9 +78,15 @@ def test_formats():
     generated = {"problem": "1+1?", "generated_solution": "It is 2.", "expected_answer": "2"}
     generated["solution"] = None
     assert recipes.question_answer(generated) == "1+1?\nIt is 2.\nThe answer is \\boxed{2}."
-    message = "no column solution or generated_solution or response; it has: problem, answer"
+    message = "no column answer or expected_answer or .*; it has: problem"
     with pytest.raises(KeyError, match=message):
-        recipes.question_answer({"problem": "1+1?", "answer": "2"})
+        recipes.question_answer({"problem": "1+1?"})
+    alone = {"question": "1+1?", "answer": "1+1=<<1+1=2>>2.\n#### 2"}  # GSM8K's own columns
+    assert recipes.question_answer(alone) == "1+1?\n1+1=2.\nThe answer is \\boxed{2}."
+    assert recipes.question_answer(alone | {"answer": "It is two."}) == "1+1?\nIt is two."
+    for nothing in ("proof", "notfound", "", None, "N/A", "Proof.", float("nan")):
+        assert recipes.question_answer(row | {"answer": nothing}) == "Ann has 48.\n48/2=24 clips."
+    assert recipes.question_answer(row | {"answer": 0}).endswith("\\boxed{0}.")
 
     thought = "<think>hm</think>24"
     assert recipes.long_thought(row | {"response": thought}) == f"Ann has 48.\n{thought}"
@@ -88,13 +94,23 @@ def test_formats():
     key = "correctness_math_verify"
     assert recipes.long_thought(several | {key: [False, True]}) == "Q\n<think>b</think>2"
     assert recipes.long_thought(several | {key: [False, False]}) is None
+    judged = several | {key: [False, False], "correctness_llama": [True, True]}  # as OpenR1-Math-220k has them
+    assert recipes.long_thought(judged) == "Q\n<think>a</think>1"
+    assert recipes.long_thought(judged | {"is_reasoning_complete": [False, True]}) == "Q\n<think>b</think>2"
     answer = {"role": "assistant", "content": "<think>a</think><answer>1</answer>"}
     turns = [{"role": "user", "content": "Q"}, answer]
     assert recipes.long_thought({"messages": turns}) == "Q\n<think>a</think>1"
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "<think>a</think>1"}]
+    assert recipes.long_thought({"conversations": turns}) == "Q\n<think>a</think>1"
 
     turn = {"instruction": "Sum up.", "context": "A tale.", "response": "Short."}
     assert recipes.conversation(turn) == "User:Sum up.\nA tale.\nAssistant:Short."
     assert recipes.conversation(turn | {"context": ""}) == "User:Sum up.\nAssistant:Short."
+    alpaca = {"instruction": "Sum up.", "input": "A tale.", "output": "Short."}
+    assert recipes.conversation(alpaca) == "User:Sum up.\nA tale.\nAssistant:Short."
+    assert recipes.conversation({"prompt": "Hi", "completion": "Hello"}) == "User:Hi\nAssistant:Hello"
+    sharegpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    assert recipes.conversation(sharegpt) == "User:Hi\nAssistant:Hello"
     chat = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi "}]}
     assert recipes.conversation(chat) == "User:Hi"
     wild = {"model": "gpt-4-0314", "conversation": [{"role": "assistant", "content": "Yes"}]}
@@ -420,7 +436,8 @@ def contents(folder):
 
 def test_command_line(files):
     error = run(files, code=2)
-    assert error.count("\n") == 1 and "'long_cot' has fewer than two documents" in error
+    why = "'long_cot' has fewer than two documents (other rows: 90 marked as a benchmark's): keep them by"
+    assert error.count("\n") == 1 and f"{why} --keep-overlaps long_cot, or leave it out" in error
     assert not (files.parent / "out").exists()
     printed = run(files, "--keep-overlaps", "--vocab-size", "400", "--max-tokens", "2000")
     assert printed.splitlines()[-1].startswith("ready: ")
@@ -476,7 +493,7 @@ def test_bad_files(tmp_path):
         ("other", "row 2 .*no column text or content; it has: b"),
     ):
         with pytest.raises(ValueError, match=f"{file}.jsonl: {message}"):
-            list(prepare.read_documents(recipes.SourceSpec("text", (f"{file}.jsonl",)), tmp_path, False))
+            list(prepare.read_documents(recipes.SourceSpec("text", (f"{file}.jsonl",)), tmp_path, False, 0.0))
     with pytest.raises(FileNotFoundError, match="no file"):
         list(prepare.read_documents(recipes.SourceSpec("text", ("none.jsonl",)), tmp_path, False))
 
@@ -508,7 +525,7 @@ def test_shared_runs_of_words_are_found(problems, texts):
 def test_duplicates_and_benchmark_problems_are_dropped_and_counted(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     problem = "Natalia sold clips to 48 of her friends in April, and then she sold half as many in May."
-    rows = [f"Document {i} says little." for i in range(150)]
+    rows = [f"Document {i} says little." for i in range(300)]
     rows[20] = "As an example: " + problem.upper().replace(" ", "  ") + " How many?"
     rows[30] = " ".join(problem.split()[:12]) + " is too little."
     rows[40] = rows[41] = rows[7]
@@ -625,6 +642,10 @@ def test_what_another_run_left_is_not_taken(many):
 def test_changed_input_and_a_second_command_are_refused(tmp_path):
     folder = tmp_path / "in"
     texts = [f"document {i}" for i in range(200)]
+    write_rows(folder / "a.jsonl", [{"text": text} for text in texts])
+    assert "has 19 val tokens, not a sequence of 32" in run(
+        folder, "--source", "a=text:a.jsonl", "--vocab-size", "300", code=2, out="short")
+    texts = [f"document {i} says it" for i in range(300)]
     write_rows(folder / "a.jsonl", [{"text": text} for text in texts])
     run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300")
     write_rows(folder / "a.jsonl", [{"text": text} for text in reversed(texts)])
