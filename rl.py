@@ -61,7 +61,7 @@ from torch import Tensor
 
 import midtrain
 import verify
-from data import benchmarks, files, prompts, synth
+from data import benchmarks, files, prompts, recipes, synth
 from midtrain import World
 from model import Llama
 from sample import Sampler, load_model, unsharded
@@ -638,11 +638,13 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
     if args.prompts == "synth":
         raise ValueError("synth holds test problems: without --prompts, the training split is taken")
     if args.prompts:
-        train = benchmarks.load_problems(args.prompts, args.data)
+        columns = recipes.columns_of("prompts", args.columns)
+        train = benchmarks.load_problems(args.prompts, args.data, columns=columns)
     else:
         train = synth.problems("train", TRAIN_PROBLEMS, args.seed)
     if args.eval:
-        held_out = benchmarks.load_problems(args.eval, args.data, args.eval_problems)
+        columns = recipes.columns_of("eval", args.columns)
+        held_out = benchmarks.load_problems(args.eval, args.data, args.eval_problems, columns=columns)
     elif args.prompts:  # a tenth of the file at most
         k = min(args.eval_problems, max(1, len(train) // 10))
         train, held_out = train[:-k], train[-k:]
@@ -718,6 +720,8 @@ def parse_args():
     add("--out", metavar="DIR", help="folder of the runs (default runs/PRESET): DIR/rl-START")
     add("--preset", default="tiny", choices=SIZE_COLUMN, help="which sizes (default tiny)")
     add("--prompts", metavar="FILE", help="JSON lines, a benchmark's name, or hub:ID[:PART[:SPLIT]]")
+    add("--columns", type=recipes.column_map, metavar="MAP",
+        help="columns of other names than usual: problem=Q,answer=A; eval.problem=Q of --eval alone")
     add("--eval", metavar="FILE", help="held-out problems, given likewise (default: a tenth of them)")
     add("--data", metavar="DIR", help="folder of the benchmarks' files (default: the hub)")
     add("--seed", type=int, default=0, help="seed of the order of the prompts and of sampling")

@@ -44,6 +44,7 @@ import os
 import re
 import time
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from statistics import fmean
@@ -1060,36 +1061,42 @@ def majority(group: list[dict]) -> bool:
 
 def run_benches(args) -> None:
     """Every benchmark that is not finished yet, its problems spread over the ranks that torchrun started."""
-    from data import benchmarks
+    from data import benchmarks, recipes
 
     chosen = benchmarks.THIRTEEN if args.bench == "paper" else args.bench.split(",")
-    for name in chosen:  # an unknown name and too many shots are errors before anything is fetched
-        benchmarks.prompt(name, "", args.shots, args.template)
+    for source in chosen:  # an unknown name and too many shots are errors before anything is fetched
+        benchmarks.prompt(source, "", args.shots, args.template)
+    if len({benchmarks.find(source)[0] for source in chosen}) < len(set(chosen)):
+        raise ValueError(f"two benchmarks of --bench {args.bench} have the same name")
     if not os.path.isdir(args.ckpt):
         raise FileNotFoundError(f"{args.ckpt}: no such folder")
-    suites = {name: benchmarks.load_problems(name, args.data, args.limit, args.seed) for name in chosen}
+    suites = {source: benchmarks.load_problems(source, args.data, args.limit, args.seed, recipes.columns_of(
+        benchmarks.find(source)[0], args.columns)) for source in chosen}
     import midtrain  # imports torch, which takes a second
     from sample import Sampler, load_model
 
     world, out, results = midtrain.setup(), args.out or os.path.join(args.ckpt, "bench"), {}
     folder = midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt))
     sampler = Sampler(*load_model(folder, str(world.device)))
-    for name, problems in suites.items():
+    for source, problems in suites.items():
+        name, bench = benchmarks.find(source)
         for warning in benchmarks.seen_in_training(os.path.dirname(os.path.dirname(folder)), name, problems):
             files.print0(f"warning: {warning}")
         keys = ("limit", "template", "shots", "n", "temperature", "max_new_tokens", "seed")
         settings = {
             "checkpoint": os.path.realpath(folder), "weights": os.path.getmtime(f"{folder}/config.json"),
             "items": len(problems), **{key: getattr(args, key) for key in keys}}
+        if benchmarks.BENCHMARKS.get(source) is not bench:  # of one's own: it may change
+            settings["problems"] = zlib.crc32(repr(problems).encode())
         path = os.path.join(out, f"{name}.jsonl")
         results[name] = midtrain.on_rank0(lambda: finished(path, settings))  # noqa: B023
         if results[name] is None:
-            rows = bench_rows(sampler, name, problems, args, world)
+            rows = bench_rows(sampler, source, problems, args, world)
             results[name] = midtrain.on_rank0(lambda: finish(path, rows, settings))  # noqa: B023
     files.print0(f"{as_table(results, args.n)}\nresponses: {os.path.join(out, '*.jsonl')}")
 
 
-def bench_rows(sampler, name: str, problems: list[dict], args, world) -> list[dict]:
+def bench_rows(sampler, source: str, problems: list[dict], args, world) -> list[dict]:
     """Sample and grade, on every rank each size-th problem → rows; on rank 0 those of all, by problem."""
     import torch.distributed as dist
     from tqdm import tqdm
@@ -1102,9 +1109,9 @@ def bench_rows(sampler, name: str, problems: list[dict], args, world) -> list[di
                 "correct": is_correct(answer, problem)}
 
     rows, mine, step = [], range(world.rank, len(problems), world.size), 4 * sampler.slots
-    for start in tqdm(range(0, len(mine), step), desc=name, disable=world.rank > 0 or None):
+    for start in tqdm(range(0, len(mine), step), desc=source, disable=world.rank > 0 or None):
         items = mine[start : start + step]
-        texts = [benchmarks.prompt(name, problems[i]["problem"], args.shots, args.template) for i in items]
+        texts = [benchmarks.prompt(source, problems[i]["problem"], args.shots, args.template) for i in items]
         groups = sample_and_grade(
             sampler, [problems[i] for i in items], list(map(sampler.tokenizer.encode, texts)), grade, args.n,
             args.max_new_tokens, args.temperature, args.seed, request_ids=items)
@@ -1187,7 +1194,7 @@ def grade_file(path: str, out: str | None) -> None:
 
 
 def main() -> None:
-    from data import benchmarks, prompts
+    from data import benchmarks, prompts, recipes
 
     parser = files.ArgumentParser(description=__doc__[: __doc__.index("\n\nReward")])
     add = parser.add_argument
@@ -1195,7 +1202,10 @@ def main() -> None:
     add("--out", metavar="PATH", help="file for graded rows, or folder for responses (default CKPT/bench)")
     add("--ckpt", metavar="DIR", help="evaluate this checkpoint: one of ours or a Hugging Face Llama")
     add("--bench", metavar="NAME[,NAME]", default="synth",
-        help=f"{', '.join(benchmarks.BENCHMARKS)}; paper for its thirteen (default synth)")
+        help=f"{', '.join(benchmarks.BENCHMARKS)}; paper for its thirteen; a file of problems, or "
+        "hub:ID[:PART[:SPLIT]] (default synth)")
+    add("--columns", type=recipes.column_map, metavar="MAP",
+        help="its columns, if they have other names than usual: problem=Q,answer=A")
     add("--data", metavar="DIR", help="folder of the public files; without it, from the Hugging Face hub")
     add("--shots", default="0", metavar="N", help="number of solved examples before the question; paper: as "
         "many as there; 0 (default): none, and only a box is an answer, as in RL")

@@ -77,10 +77,10 @@ def read_json(path: Path, missing_ok: bool = False) -> dict | None:
 
 
 def numbered_rows(path: Path, count: Callable[[int], None] = lambda size: None, broken_ok=False) -> Iterator:
-    """(line or row number, row) of a file or URL: JSON lines (also .gz, .zst), a JSON array, or .parquet. Empty
-    lines and byte-order marks are nothing. count: is told the bytes of each line. A line that is no object is a
-    ValueError that names it, or with broken_ok a row None; a truncated file is a ValueError, no such file a
-    FileNotFoundError."""
+    """(line or row number, row) of a file or URL: JSON lines (also .gz, .zst), a JSON array, or .parquet.
+    Empty lines and byte-order marks are nothing. count: is told the bytes of each line. A line that is no
+    JSON object is a ValueError that names it, or with broken_ok a row None; a truncated file is a ValueError,
+    no such file a FileNotFoundError."""
     number = 0
     try:
         with _open(str(path)) as file:

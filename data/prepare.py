@@ -342,8 +342,8 @@ def source_files(spec: SourceSpec, folder: Path) -> list[str]:
 
 
 def read_documents(spec, folder: Path, keep_overlaps: bool, bad_rows=BAD_ROWS, count=lambda size: None):
-    """What Source.read() gives. ValueError, that of the first bad row, if a larger share of the rows is bad: at
-    once if so many would be too many of a thousand, or at the end. One may be bad, unless the share is 0."""
+    """What Source.read() gives. ValueError, that of the first bad row, if a larger share of the rows is bad:
+    at once if so many are too many of a thousand, else at the end. One may be, unless the share is 0."""
     rows, bad, first = 0, 0, ""
     for rows, place in enumerate(source_rows(spec, folder, count, broken_ok=True), 1):  # noqa: B007
         text = _document(spec, *place, keep_overlaps)

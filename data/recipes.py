@@ -226,8 +226,8 @@ def running_text(row: dict) -> str:
 
 
 def question_answer(row: dict) -> str | None:
-    r"""Problem, newline, solution with its final \boxed{answer}, without GSM8K's marks (<<48/2=24>>). A column
-    answer without one for the solution has the solution, and then perhaps #### and the answer."""
+    r"""Problem, newline, solution with its final \boxed{answer}, without GSM8K's marks (<<48/2=24>>). If no
+    column is for solutions, the answer's has them, as GSM8K's: the answer itself stands after ####."""
     if "text" in row and "problem" not in row:  # MegaMath-QA is written out already
         return column(row, "text")
     names = [name for name in COLUMNS["solution"] if name in row]

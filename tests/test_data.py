@@ -94,7 +94,7 @@ def test_formats():
     key = "correctness_math_verify"
     assert recipes.long_thought(several | {key: [False, True]}) == "Q\n<think>b</think>2"
     assert recipes.long_thought(several | {key: [False, False]}) is None
-    judged = several | {key: [False, False], "correctness_llama": [True, True]}  # as OpenR1-Math-220k has them
+    judged = several | {key: [False, False], "correctness_llama": [True, True]}  # as in OpenR1-Math-220k
     assert recipes.long_thought(judged) == "Q\n<think>a</think>1"
     assert recipes.long_thought(judged | {"is_reasoning_complete": [False, True]}) == "Q\n<think>b</think>2"
     answer = {"role": "assistant", "content": "<think>a</think><answer>1</answer>"}

@@ -35,6 +35,7 @@ MICRO = LlamaConfig(32, 1, 16, 2, 1, 8, 32, rope_theta=10_000.0, max_position=64
 def settings(**changes):
     """What the update and the rollout read of the command line."""
     args = {
+        "columns": None,
         "prompts_per_step": 4,
         "rollouts": 2,
         "updates": 1,
