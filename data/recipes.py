@@ -163,14 +163,15 @@ def columns_of(name: str, columns: dict[str, str] | None) -> tuple[tuple[str, st
 
 def renamed(row: dict, columns: tuple[tuple[str, str], ...]) -> dict:
     """The row with these columns under our names, in place of all that usually have their meaning."""
+    found = {}
     for ours, theirs in columns:
-        value = row
+        found[ours] = row
         for part in theirs.split("."):
-            if part not in value:
+            if part not in found[ours]:
                 raise KeyError(f"no column {theirs}; it has: {', '.join(row)}")
-            value = value[part]
-        row = {name: row[name] for name in row if name not in COLUMNS[ours]} | {ours: value}
-    return row
+            found[ours] = found[ours][part]
+    replaced = {name for ours in found for name in COLUMNS[ours]}
+    return {name: row[name] for name in row if name not in replaced} | found if found else row
 
 
 def column(row: dict, *names: str) -> str:

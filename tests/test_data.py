@@ -771,3 +771,164 @@ def test_what_the_hub_does_not_have(hub, part, message, monkeypatch):
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="nowhere/at-all, split train cannot be read: "):
         list(prepare.read_documents(recipes.SourceSpec("text", hub="nowhere/at-all"), hub, False))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets as they come: rows that are bad, wrong or of other columns, packed files, a hub that moves on
+
+
+def documents_of(folder, *names, format="text", **changes):
+    spec = recipes.SourceSpec(format, names, **changes)
+    return [text for text in prepare.read_documents(spec, folder, False) if text]
+
+
+def test_bad_rows_are_dropped_and_counted_up_to_a_share(tmp_path):
+    folder, where = tmp_path / "in", tmp_path / "in/a.jsonl"
+    rows = [json.dumps({"text": f"Document {i} says little."}) for i in range(400)]
+    rows[5:5] = ["", '{"text": NaN}', "{", '{"text": null}', '{"body": "x"}', " \t", "7"]
+    folder.mkdir()
+    where.write_text("\ufeff" + "\n".join(rows))
+    said = run(folder, "--source", "a=text:a.jsonl", "--vocab-size", "300")
+    entry = json.loads((tmp_path / "out/index.json").read_text())["sources"]["a"]
+    assert entry["dropped"] == {"bad rows": 4, "without a document": 1}
+    assert entry["train"]["documents"] + entry["val"]["documents"] == 400
+    first = f"{where}: row 7 does not fit the format 'text': text is float instead of text"
+    assert entry["first_bad_row"] == first
+    assert f"dropped: 4 bad rows, 1 without a document (the first: {first})" in said
+    for share, counted in ("0.009", "4 bad rows of 405"), ("0", "1 bad rows of 6"):  # at the end, at once
+        error = run(folder, "--source", "a=text:a.jsonl", "--bad-rows", share, code=2, out="strict")
+        assert error.startswith(f"prepare.py: error: {first} ({counted}") and error.count("\n") == 1
+
+
+def test_a_source_of_bad_rows_alone_fails_at_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "title": "y"}\n' * 5000)
+    message = r"a.jsonl: row 1 .*no column text or content; it has: body, title \(11 bad rows of 11"
+    with pytest.raises(ValueError, match=message):
+        documents_of(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": 1}\n{"text": 2}\n')
+    with pytest.raises(ValueError, match=r"b.jsonl: row 2 .*\(2 bad rows of 3"):
+        documents_of(tmp_path, "b.jsonl")
+
+
+def test_parquet_files_need_not_have_the_same_columns(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    tables = [
+        pa.table({"text": pa.array([], pa.string()), "score": pa.array([], pa.int64())}),
+        pa.table({"text": ["a", "b"], "score": [1, 2]}), pa.table({"text": ["c"], "score": ["high"]}),
+        pa.table({"text": ["d", None]})]
+    (tmp_path / "set").mkdir()
+    for i, table in enumerate(tables):
+        parquet.write_table(table, tmp_path / f"set/{i}.parquet")
+    assert sorted(documents_of(tmp_path, "set/*.parquet")) == list("abcd")
+    assert documents_of(Path(), hub=str(tmp_path / "set")) == list("abcd")
+    (tmp_path / "set/1.parquet").write_bytes((tmp_path / "set/1.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="1.parquet, line 0: not a parquet file, or truncated"):
+        documents_of(tmp_path, "set/*.parquet")
+
+
+def test_packed_files_and_arrays(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(300)).encode()
+    data = zstandard.compress(lines[:4000]) + zstandard.compress(lines[4000:])  # two frames
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    (tmp_path / "b.json").write_text(json.dumps([json.loads(line) for line in lines.splitlines()], indent=1))
+    texts = [f"document {i}" for i in range(300)]
+    assert documents_of(tmp_path, "a.jsonl.zst") == documents_of(tmp_path, "b.json") == texts
+    for name, bytes in ("a.jsonl.zst", data), ("a.jsonl.gz", gzip.compress(lines)):
+        (tmp_path / name).write_bytes(bytes[:-9])
+        with pytest.raises(ValueError, match=f"{name}, line .*truncated"):
+            documents_of(tmp_path, name)
+
+
+def test_rows_marked_as_wrong_are_dropped_and_named(tmp_path):
+    row = {"problem": "1+1?", "solution": "It is 2.", "answer": "2"}  # as in NuminaMath-1.5
+    marks = ["Yes", "Incomplete", "Problem not solved", "No", None, True, False]
+    rows = [row | {"problem_is_valid": "Yes", "solution_is_valid": mark} for mark in marks]
+    write_rows(tmp_path / "a.jsonl", [*rows, row | {"correct": False}, row | {"correct": "B"}])
+    read = list(prepare.read_documents(recipes.SourceSpec("qa", ("a.jsonl",)), tmp_path, False, 0.0))
+    assert [bool(text) for text in read] == [True, False, False, False, True, True, False, False, True]
+    assert {text.why for text in read if not text} == {"marked as wrong"}
+
+
+def test_a_map_of_columns(tmp_path):
+    row = {"Q": "1+1?", "info": {"A": "2"}, "problem": "another", "text": "no", "why": "It is two."}
+    write_rows(tmp_path / "in/a.jsonl", [row] * 2)
+    columns = recipes.column_map("problem=Q,qa.answer=info.A,qa.solution=why,web.text=problem")
+    document = "1+1?\nIt is two.\nThe answer is \\boxed{2}."
+    for name, format, text in ("qa", "qa", document), ("web", "text", "another"):
+        pairs = recipes.columns_of(name, columns)
+        assert documents_of(tmp_path / "in", "a.jsonl", format=format, columns=pairs) == [text] * 2
+    error = run(tmp_path / "in", "--source", "a=qa:a.jsonl", "--columns", "problem=q", code=2)
+    assert "no column q; it has: Q, info, problem" in error
+    error = run(tmp_path / "in", "--source", "a=qa:a.jsonl", "--columns", "title=q", code=2)
+    assert "COLUMN one of text, problem, answer, solution, messages" in error
+
+
+def test_cut_documents_count_once(tmp_path):
+    rows = [{"problem": f"{i}?", "solution": "so it goes " * 99} for i in range(70)]
+    write_rows(tmp_path / "in/a.jsonl", rows)
+    said = run(tmp_path / "in", "--source", "a=qa:a.jsonl", "--vocab-size", "300")
+    entry = json.loads((tmp_path / "out/index.json").read_text())["sources"]["a"]
+    assert (entry["train"]["documents"], entry["val"]["documents"]) == (68, 2) and "in 68 documents" in said
+    assert shards.Shard(tmp_path / "out/a.train.bin").header["documents"] > 68 * 3, "of pieces"
+
+
+def test_a_hub_set_stays_at_the_commit_it_was_begun_with(hub, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    builder, asked, shas = datasets.load_dataset_builder, [], iter(["one", "two"])
+
+    def local(path, revision, **part):
+        asked.append((path, revision))
+        if len(asked) == 6:  # two to begin with, two for the tokenizer, and easy is done
+            raise OSError("the network is gone")
+        return builder(str(hub / "set"), **part)
+
+    class Api:
+        def dataset_info(self, name):
+            return type("Info", (), {"sha": next(shas)})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", local)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    sources = ("--source", "easy=qa:hub:own/sums:easy", "--source", "hard=qa:hub:own/sums:hard")
+    flags = ["--out", str(hub / "out"), "--vocab-size", "300", "--seq-len", "32", "--workers", "1", *sources]
+    monkeypatch.setattr(sys, "argv", ["prepare", *flags])
+    with pytest.raises(ValueError, match="own/sums hard, split train cannot be read: the network is gone"):
+        prepare.main()
+    begun = json.loads((hub / "out/unfinished.json").read_text())
+    assert begun["settings"]["revisions"] == {"own/sums": "one"} and list(begun["sources"]) == ["easy"]
+    prepare.main()
+    assert set(asked) == {("own/sums", "one")} and len(asked) == 7
+    assert json.loads((hub / "out/index.json").read_text())["settings"]["revisions"] == {"own/sums": "one"}
+    prepare.main()  # finished: nobody is asked
+    assert next(shas) == "two"
+
+
+def test_a_hub_that_does_not_answer_is_said(monkeypatch, capsys):
+    class Api:
+        def dataset_info(self, name):
+            raise OSError("no network")
+
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "HfApi", Api)
+    assert prepare.hub_revision("own/sums") == ""
+    assert "own/sums: its revision is not known, so it is not pinned (OSError)" in capsys.readouterr().out
+
+
+def test_from_any_folder_and_as_a_file(many, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    flags = ("--source", "a=text:a.jsonl", "--vocab-size", "300")
+    run(many, *flags, out="module")
+    words = command(many, *flags, "--workers", "2", out="file")
+    words = [words[0], ROOT / "data/prepare.py", *words[3:]]
+    done = subprocess.run(words, cwd=elsewhere, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(many.parent / "file") == contents(many.parent / "module") and not os.listdir(elsewhere)
+
+
+def test_epochs_of_each_source(folder):
+    loads = Loader(folder, MIX, T, 20, seed=1)
+    seen = loads.seen(333)
+    expected = {name: seen[name] / size for name, size in zip(MIX, loads.sizes.tolist())}
+    assert loads.epochs(333) == pytest.approx(expected) and loads.epochs(0) == dict.fromkeys(MIX, 0)

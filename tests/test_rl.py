@@ -917,6 +917,22 @@ def test_prompts_of_the_hub_and_benchmarks_beside_training(tmp_path):
         rl.read_problems(args, words)
 
 
+def test_prompts_of_any_columns(tmp_path):
+    """Rows without an answer or marked as wrong are left out; --columns names columns, of --eval others."""
+    rows = [{"Q": f"{i} + 1?", "A": f"{i + 1}"} for i in range(5)] + [{"Q": "Why?", "A": "proof"}]
+    (tmp_path / "p.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
+    (tmp_path / "e.jsonl").write_text('{"instruction": "1?", "output": "So \\\\boxed{1}."}\n')
+    args = settings(prompts=str(tmp_path / "p.jsonl"), eval=str(tmp_path / "e.jsonl"), data=None)
+    args.eval_problems, args.template, args.max_prompt = 9, "simple", 9999
+    words = tokenizer.train(["Question: Answer: 1 + 2?"], 260)
+    with pytest.raises(ValueError, match=r'line 1: a row needs "problem" and "answer".*its columns: Q, A'):
+        rl.read_problems(args, words)
+    args.columns = {"prompts.problem": "Q", "prompts.answer": "A"}
+    train, held_out = rl.read_problems(args, words)
+    assert [(row["problem"], row["answer"]) for row in train] == [(f"{i} + 1?", str(i + 1)) for i in range(5)]
+    assert [(row["problem"], row["answer"]) for row in held_out] == [("1?", "1")]
+
+
 def test_the_longest_prompt_is_named(checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "p.jsonl").write_text(
         "".join(json.dumps({"problem": "1 " * n, "answer": 1}) + "\n" for n in (3, 99, 4, 5))

@@ -416,9 +416,10 @@ def test_hub_rows_become_problems_and_answers():
         "svamp": {"Body": "B.", "Question": "Q", "Answer": "145.0"},
         "asdiv": {"body": "B.", "question": "Q", "answer": "9 (apples)"},
         "mmlu_stem": {"question": "Q", "choices": ["0", "4"], "answer": 1},
+        "math8k": {"prompt": [{"content": "Solve Q."}], "extra_info": {"question": "Q", "answer": "7"}},
     }
     got = {name: benchmarks.BENCHMARKS[name].hub.row(row) for name, row in rows.items()}
-    answers = ["4", r"\frac{1}{2}", "4", "1, 2", "27.0", "145.0", "9", "B"]
+    answers = ["4", r"\frac{1}{2}", "4", "1, 2", "27.0", "145.0", "9", "B", "7"]
     assert [answer for _, answer in got.values()] == answers
     assert all("Q" in problem for problem, _ in got.values()) and got["mmlu_stem"][0].endswith("(A) 0, (B) 4")
     assert {name for name, bench in benchmarks.BENCHMARKS.items() if bench.hub} == set(rows)
@@ -521,6 +522,27 @@ def test_problems_of_the_hub(tmp_path):
     assert benchmarks.load_problems(f"hub:{tmp_path / 'solved'}") == [{"problem": "3 + 1?", "answer": "4"}]
     with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
         benchmarks.load_problems(f"hub:{tmp_path / 'other'}")
+
+
+@pytest.mark.parametrize("rows, flags, golds", [
+    ([{"prompt": "1?", "completion": s} for s in (r"So \boxed{1}.", "I do not know.")], (), ["1"]),
+    ([{"Q": "1?", "info": {"A": 1}, "answer": "2"}], ("--columns", "problem=Q,answer=info.A"), ["1"]),
+    ([{"question": "1?", "answer": "1", "problem_is_valid": v} for v in ("Yes", "No", None)], (), ["1", "1"]),
+])
+def test_a_benchmark_of_ones_own(rows, flags, golds, checkpoint, tmp_path):
+    """--bench FILE; the same again is skipped, and refused when the file is another."""
+    own = write_lines(tmp_path / "own.jsonl", *rows)
+    args = ("--ckpt", checkpoint, "--out", tmp_path / "out", "--bench", own, "--max-new-tokens", "4", *flags)
+    done = run(*args)
+    assert done.returncode == 0 and f"| own       | {len(golds)}     |" in done.stdout, done.stderr
+    left_out = f"{own}: 1 rows left out, without an answer or marked as wrong\n"
+    assert done.stdout.startswith(left_out) == (len(golds) < len(rows))
+    graded = [json.loads(line) for line in (tmp_path / "out/own.jsonl").read_text().splitlines()]
+    assert [row["gold"] for row in graded] == golds
+    if len(golds) == 2:
+        assert "own.jsonl is finished: skipped" in run(*args).stdout
+        write_lines(own, *[row | {"answer": "9"} for row in rows])
+        assert "other settings (problems " in run(*args).stderr
 
 
 def test_problems_seen_in_training_are_said(tmp_path):
