@@ -80,7 +80,7 @@ class Source(NamedTuple):
 
 def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool, workers: int) -> dict:
     """Write both shards of a source; returns its entry in the index."""
-    entry, read, held_out, dropped, bad = {"kind": source.kind}, 0, [], Counter(), []
+    entry, read, held_out, dropped = {"kind": source.kind}, 0, [], Counter()
 
     def count(size: int) -> None:
         nonlocal read
@@ -90,7 +90,7 @@ def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool
 
     with tqdm(desc=name, total=source.max_tokens, unit="tok", unit_scale=True, disable=None) as bar:
         rows = tokenised(source, count, pool, workers)
-        kept = kept_documents(source, rows, tok_dtype(tok), seq_len, held_out, dropped, bad, bar)
+        kept = kept_documents(source, rows, tok_dtype(tok), seq_len, held_out, dropped, entry, bar)
         for split, documents in ("train", kept), ("val", held_out):
             number = itertools.count()  # of documents: a shard's header counts the pieces of long ones
             documents = (ids for ids, _ in zip(documents, number))
@@ -100,20 +100,20 @@ def prepare_source(name: str, source: Source, out: Path, tok, seq_len: int, pool
                 raise ValueError(f"{what}: leave it out, or give it more ({dict(dropped)})")
             entry[split] = {key: header[key] for key in ("tokens", "padding", "documents", "sha256")}
             entry[split]["documents"] = next(number)
-    entry |= {"dropped": dict(sorted(dropped.items()))} if dropped else {}
-    return entry | ({"first_bad_row": bad[0]} if bad else {})
+    return entry | ({"dropped": dict(sorted(dropped.items()))} if dropped else {})
 
 
-def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counter, bad: list, bar):
+def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counter, entry: dict, bar):
     """The documents to train on, until there are enough tokens; the few to hold out go to held_out, what is
-    wrong with bad rows to bad."""
+    wrong with the first bad row to entry."""
     train_left = source.max_tokens or float("inf")  # tokens
     val_left = max(train_left / source.val_every, 4 * seq_len)
     seen, number = set(), 0
     for why, digest, ids in rows:
         if why or digest in seen:
             dropped[why or REPEATED] += 1
-            bad += [digest] if why == BAD else []
+            if why == BAD:
+                entry.setdefault("first_bad_row", digest)
             continue
         if source.unique:
             seen.add(digest)
@@ -222,16 +222,16 @@ def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, prob
 
 def check_two_documents(name: str, source: Source) -> None:
     """ValueError if a source has less, one to train on and one to hold out: with the reasons."""
-    found, dropped = 0, Counter()
+    dropped = Counter()
     for text in source.read():
-        found += bool(text)
-        if found == 2:
+        dropped["" if text else text.why] += 1
+        if dropped[""] == 2:
             return
-        if not text:
-            dropped[text.why] += 1
+    del dropped[""]
     why = ", ".join(f"{n:,} {why}" for why, n in dropped.items()) or "none"
     how = f"keep them by --keep-overlaps {name}, or " if dropped[MARKED] else ""
-    raise ValueError(f"source {name!r} has fewer than two documents (other rows: {why}): {how}leave it out")
+    what = f"source {name!r} has fewer than two documents (other rows: {why})"
+    raise ValueError(f"{what}: {how}leave it out (--sources)")
 
 
 def train_tokenizer(sources: dict[str, Source], vocab_size: int, characters=2_000_000) -> tokenizer.Tokenizer:
@@ -268,14 +268,10 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
 
 def source_rows(spec: SourceSpec, folder=Path(), count=lambda size: None, broken_ok=False) -> Iterator:
     """(where, line or row, None or the row) of all rows, as files.numbered_rows() has them. Files are read in
-    turns, a row of each, those of the hub one after another."""
+    turns, a row of each, those of the hub one after another, without downloading them whole."""
     if not spec.hub:
-        return _in_turns(source_files(spec, folder), 64, count, broken_ok)
-    return _hub_rows(spec, broken_ok)
-
-
-def _hub_rows(spec: SourceSpec, broken_ok: bool) -> Iterator[tuple[str, int, dict | None]]:
-    """Of a data set of the hub, without downloading it whole."""
+        yield from _in_turns(source_files(spec, folder), 64, count, broken_ok)
+        return
     import datasets
 
     datasets.disable_progress_bars()
@@ -294,23 +290,20 @@ def _hub_rows(spec: SourceSpec, broken_ok: bool) -> Iterator[tuple[str, int, dic
         raise ValueError(f"{what} cannot be read: {reason}") from None
 
 
-def pinned_revisions(out: Path, hubs: set[str]) -> dict[str, str]:
-    """{data set of the hub: its commit}: those that a folder was begun with, or those of now."""
-    begun = [files.read_json(out / name, missing_ok=True) for name in ("index.json", "unfinished.json")]
-    for index in filter(None, begun):
-        return (index.get("settings") or {}).get("revisions") or {}
-    return {hub: hub_revision(hub) for hub in sorted(hubs)}
+def pinned_revisions(out: Path, hubs: list[str]) -> dict[str, str]:
+    """{data set of the hub: commit}: those that a folder was begun with, or those of now; "": unknown."""
+    for name in ("index.json", "unfinished.json"):
+        if index := files.read_json(out / name, missing_ok=True):
+            return (index.get("settings") or {}).get("revisions") or {}
+    found = dict.fromkeys(hubs, "")
+    for hub in hubs:
+        try:
+            import huggingface_hub
 
-
-def hub_revision(name: str) -> str:
-    """The commit that a data set of the hub is at now; "" if that is not known, or for a folder."""
-    import huggingface_hub
-
-    try:
-        return "" if os.path.isdir(name) else huggingface_hub.HfApi().dataset_info(name).sha or ""
-    except Exception as error:  # as above
-        print(f"{name}: its revision is not known, so it is not pinned ({type(error).__name__})")
-        return ""
+            found[hub] = huggingface_hub.HfApi().dataset_info(hub).sha or ""
+        except Exception as error:  # as above
+            print(f"{hub}: its revision is not known, so it is not pinned ({type(error).__name__})")
+    return found
 
 
 def _in_turns(paths: list[str], at_once: int, count, broken_ok: bool) -> Iterator[tuple[str, int, dict]]:
@@ -349,11 +342,12 @@ def read_documents(spec, folder: Path, keep_overlaps: bool, bad_rows=BAD_ROWS, c
         text = _document(spec, *place, keep_overlaps)
         if not text and text.why == BAD:
             bad, first = bad + 1, first or text.error
-            if bad > bad_rows * max(rows, 1000):
+            if bad > (bad_rows and max(1, bad_rows * max(rows, 1000))):
                 break
         yield text
     if bad and (bad == rows or bad > (bad_rows and max(1, bad_rows * rows))):
-        raise ValueError(f"{first} ({bad:,} bad rows of {rows:,}; --columns, --bad-rows)")
+        how = "--columns gives columns their names, --bad-rows allows more"
+        raise ValueError(f"{first} ({bad:,} bad rows of {rows:,}: {how})")
 
 
 def _document(spec: SourceSpec, where: str, number: int, row: dict | None, keep_overlaps) -> str | Dropped:
@@ -470,7 +464,8 @@ def main() -> None:
     args, specs = parse_args()
     budgets = {name: args.max_tokens.get(name, args.max_tokens.get("")) for name in specs}
     folder, keep = args.data or Path(), args.keep_overlaps
-    revisions = pinned_revisions(args.out, {spec.hub for spec in specs.values()} - {""})
+    hubs = {spec.hub for spec in specs.values() if spec.hub and not os.path.isdir(spec.hub)}
+    revisions = pinned_revisions(args.out, sorted(hubs))
     specs = {name: spec._replace(revision=revisions.get(spec.hub, "")) for name, spec in specs.items()}
     sources = {
         x: real_source(spec, folder, budgets[x], x in keep, args.bad_rows) for x, spec in specs.items()}

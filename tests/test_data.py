@@ -808,6 +808,9 @@ def test_a_source_of_bad_rows_alone_fails_at_once(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": 1}\n{"text": 2}\n')
     with pytest.raises(ValueError, match=r"b.jsonl: row 2 .*\(2 bad rows of 3"):
         documents_of(tmp_path, "b.jsonl")
+    (tmp_path / "c.jsonl").write_text('{"text": 1}\n' + '{"text": "a"}\n' * 50)
+    spec = recipes.SourceSpec("text", ("c.jsonl",))
+    assert len(list(prepare.read_documents(spec, tmp_path, False, 0.0001))) == 51, "one may be"
 
 
 def test_parquet_files_need_not_have_the_same_columns(tmp_path):
@@ -906,13 +909,13 @@ def test_a_hub_set_stays_at_the_commit_it_was_begun_with(hub, monkeypatch):
     assert next(shas) == "two"
 
 
-def test_a_hub_that_does_not_answer_is_said(monkeypatch, capsys):
+def test_a_hub_that_does_not_answer_is_said(tmp_path, monkeypatch, capsys):
     class Api:
         def dataset_info(self, name):
             raise OSError("no network")
 
     monkeypatch.setattr(pytest.importorskip("huggingface_hub"), "HfApi", Api)
-    assert prepare.hub_revision("own/sums") == ""
+    assert prepare.pinned_revisions(tmp_path, ["own/sums"]) == {"own/sums": ""}
     assert "own/sums: its revision is not known, so it is not pinned (OSError)" in capsys.readouterr().out
 
 
