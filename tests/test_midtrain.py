@@ -390,7 +390,7 @@ def test_the_readmes_batch_script_survives_the_time_limit(tmp_path, shards):
         time.sleep(0.01)
     process.terminate()
     process.wait(30)
-    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames one", "requeue 17"]
     assert files.latest_checkpoint(str(tmp_path / "base"))
 
 
