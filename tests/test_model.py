@@ -1,7 +1,11 @@
 """The Llama against transformers' Llama, itself along other paths, and damaged checkpoints."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -550,3 +554,43 @@ def test_a_folder_without_safetensors_says_so(name, tmp_path):
         with pytest.raises(ValueError, match=f"only as {name}.*safetensors") as error:
             read(str(tmp_path))
         assert "\n" not in str(error.value)
+
+
+TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["User:"], max_gen_toks: 40, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_lm_evaluation_harness_scores_what_our_sampler_says(tmp_path, monkeypatch):
+    """Offline, on a task of our own, of whose answers every other one is what our sampler says."""
+    tok = words_like("tiny", tmp_path, monkeypatch)
+    model = random_llama(replace(SHAPES["tiny"], vocab_size=tok.vocab_size))
+    ids = [tok.encode(prompt) for prompt in PROMPTS]
+    taught_to_stop(model, ids, tok.stop_ids)
+    model.save_pretrained(tmp_path / "model", tok=tok)
+    sampler = Sampler(model, tok)
+    ours = [c[0] for c in sampler.generate(ids, max_new_tokens=40, temperature=0.0)]
+    assert {c.finish_reason for c in ours} == {"stop", "length"}
+    said = [c.text.replace("<|begin_of_text|>", "") for c in ours]  # the harness shows no special tokens
+    answers = [text if i % 2 else "?" for i, text in enumerate(said)]
+    rows = [{"question": q, "answer": a} for q, a in zip(PROMPTS, answers)]
+    files.write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "own.yaml").write_text(TASK)
+    how = "--model hf --model_args pretrained=model,dtype=float32 --tasks own --include_path . --device cpu"
+    command = [sys.executable, "-m", "lm_eval", *how.split(), "--output_path", "out", "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    samples = {row["doc_id"]: row for row in files.read_jsonl(next(tmp_path.glob("out/*/samples*.jsonl")))}
+    assert [samples[i]["resps"][0][0] for i in range(len(said))] == said
+    results = files.read_json(next(tmp_path.glob("out/*/results*.json")))
+    assert results["results"]["own"]["exact_match,none"] == 0.5
