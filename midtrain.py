@@ -758,9 +758,9 @@ def save_model(model: Llama, *args, **options) -> None:
         raise OSError(str(error)) from None
 
 
-def export(source: str, out: str, dtype: torch.dtype = torch.bfloat16, limit: float = 5e9) -> None:
+def export(source: str, out: str, dtype: torch.dtype = torch.bfloat16, **options) -> None:
     """Write the weights of a checkpoint, a run or a Hugging Face folder as a folder for other programs, in
-    `dtype` and in files of at most `limit` bytes. Nothing is written over: `out` must be empty, or new."""
+    files below 5 GB (options: limit=BYTES). Nothing is written over: `out` must be empty, or new."""
     from sample import load_model  # which loads nothing that was damaged, or has another tokenizer
 
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
@@ -769,7 +769,7 @@ def export(source: str, out: str, dtype: torch.dtype = torch.bfloat16, limit: fl
     model, tok = load_model(path)
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        save_model(model, aside, tok=tok, dtype=dtype, limit=limit)
+        save_model(model, aside, tok=tok, dtype=dtype, **options)
         os.makedirs(out, exist_ok=True)
         os.rmdir(out)
         os.rename(aside, out)

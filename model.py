@@ -1292,7 +1292,7 @@ def read_generation(path: str) -> dict:
     return read_json(os.path.join(path, "generation_config.json"), missing_ok=True) or {}
 
 
-def write_weights(path: str, state: dict[str, Tensor], dtype: torch.dtype | None = None, limit=5e9) -> None:
+def write_weights(path: str, state: dict[str, Tensor], dtype: torch.dtype | None = None, limit=4.9e9) -> None:
     """Full tensors as safetensors of at most `limit` bytes, in `dtype` (None: their own), a file at a time:
     model.safetensors, or several and an index that says which tensor is where."""
     from safetensors.torch import save_file

@@ -251,8 +251,8 @@ def weight_files(path: str) -> dict[str, set | None]:
         return {file: {name for name in tensors if tensors[name] == file} for file in tensors.values()}
     if not found and not os.path.exists(os.path.join(path, "state", ".metadata")):
         if other := [name for name in sorted(names) if name.endswith((".bin", ".pth", ".safetensors"))]:
-            how = "load it in transformers and save_pretrained() it, which writes safetensors"
-            raise ValueError(f"{path} holds weights only as {other[0]}, which is not read here: {how}")
+            how = "save_pretrained(), or convert_llama_weights_to_hf.py for Meta's own format"
+            raise ValueError(f"{path} has only {other[0]}: convert it to safetensors, by transformers' {how}")
         raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/ nor *.safetensors")
     return dict.fromkeys(found)
 

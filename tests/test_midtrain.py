@@ -1152,6 +1152,10 @@ def test_a_checkpoint_is_a_whole_folder_and_keeps_inits_settings(train, tmp_path
         model, words = sample.load_model(str(folder))
         assert (words.hash, words.stop_ids) == (tok.hash, (299, tok.bos_id))
         assert model.generation["temperature"] == 0.6
+    optimizer = midtrain.make_optimizer(model, 1e-3)  # as rl.py goes on with what it has loaded
+    saved = midtrain.save_checkpoint(str(tmp_path / "rl"), 1, model, optimizer, words, {"stage": "rl"})
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert Path(saved, name).read_text() == (folder / name).read_text()
 
 
 @pytest.mark.parametrize("own, kept", [(32, 64), (64, 64), (32_768, 32_768)])
