@@ -93,10 +93,11 @@ def load_problems(source: str, data_dir=None, limit: int | None = None, seed=0, 
     if bench and data_dir is None and not bench.hub:
         raise ValueError(f"where {source} lies on the hub is not known here: "
                          f"--data DIR reads DIR/{bench.file}")
-    if hub := bench.hub if bench and data_dir is None else source.startswith("hub:") and _own_hub(source):
-        from data.prepare import source_rows
+    if hub := data_dir is None if bench else source.startswith("hub:"):
+        from data.prepare import source_rows, source_spec
 
-        rows, pick = source_rows(hub.spec), hub.row
+        spec, pick = bench.hub if bench else (source_spec("qa", source), pick)
+        rows = source_rows(spec)
     else:
         path = str(Path(data_dir) / bench.file) if bench else source
         rows = ((path, number, row) for number, row in numbered_rows(path))
@@ -107,7 +108,7 @@ def load_problems(source: str, data_dir=None, limit: int | None = None, seed=0, 
         except (KeyError, TypeError, AttributeError, IndexError):
             lacks = f'{where}, line {number}: a row needs "problem" and "answer", as text'
             lacks = f"{where}: row {number} has no problem with an answer" if hub else lacks
-            raise ValueError(f"{lacks}; its columns: {', '.join(row)} (--columns names others)") from None
+            raise ValueError(f"{lacks}; its columns: {', '.join(row)} (--columns maps others)") from None
         if bench or recipes.is_answer(answer) and recipes.is_valid(row):
             problems.append(({} if hub else row) | {"problem": problem, "answer": answer})
         else:
@@ -119,11 +120,6 @@ def load_problems(source: str, data_dir=None, limit: int | None = None, seed=0, 
     if not problems:
         raise ValueError(f"{source} holds no problem")
     return problems
-
-
-def _own_hub(source: str) -> Hub:
-    name, part, split = (source[4:].split(":") + ["", ""])[:3]
-    return _hub(name, _usual_columns, part, split or "train")
 
 
 def read_rows(path: str | Path, *pairs: tuple[str, str]) -> Iterator[dict]:

@@ -444,6 +444,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
     args = parser.parse_args()
     if min(args.seq_len, args.vocab_size, args.workers) < 1:
         parser.error("--seq-len, --vocab-size and --workers must be at least 1")
+    if not 0 <= args.bad_rows <= 1:
+        parser.error(f"--bad-rows {args.bad_rows} is not a share, from 0 to 1")
     if args.source and args.sources:
         parser.error("--sources chooses among those of --corpus; with --source there are only your own")
     if args.data is None and args.corpus == "real" and not args.source:
@@ -453,7 +455,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
         parser.error("two --source have the same name")
     names = args.sources.split(",") if args.sources else list(specs)
     kept = list(specs) if args.keep_overlaps == "all" else args.keep_overlaps.split(",")
-    for name in [*names, *filter(None, [*kept, *args.max_tokens])]:
+    mapped = [key.rpartition(".")[0] for key in args.columns or ()]
+    for name in [*names, *filter(None, [*kept, *args.max_tokens, *mapped])]:
         if name not in specs:
             parser.error(f"unknown source {name!r} (valid: {', '.join(specs)})")
     args.keep_overlaps = sorted(set(kept) & set(names))

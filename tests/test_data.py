@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import loader, overlaps, prepare, prompts, recipes, shards, synth, tokenizer
-from data.files import read_jsonl, run_lock
+from data.files import numbered_rows, read_jsonl, run_lock
 from data.loader import Loader
 
 ROOT = Path(__file__).parents[1]
@@ -463,6 +463,8 @@ def test_command_line(files):
     (["--corpus", "tiny"], "invalid choice: 'tiny'"),
     (["--against", "nowhere.jsonl"], "no file nowhere.jsonl to keep out"),
     (["--workers", "0"], "must be at least 1"),
+    (["--bad-rows", "1.5"], "--bad-rows 1.5 is not a share"),
+    (["--columns", "web.problem=Q"], "unknown source 'web' (valid: math_text"),
     (["--tokenizer", "nowhere"], "no tokenizer at nowhere"),
     (["--seq-len", "0"], "must be at least 1"),
     (["--tokens", "5"], "valid flags:"),
@@ -839,6 +841,8 @@ def test_packed_files_and_arrays(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps([json.loads(line) for line in lines.splitlines()], indent=1))
     texts = [f"document {i}" for i in range(300)]
     assert documents_of(tmp_path, "a.jsonl.zst") == documents_of(tmp_path, "b.json") == texts
+    remote = numbered_rows(f"file://{tmp_path}/a.jsonl.zst")  # as a file of the hub is opened
+    assert [row["text"] for _, row in remote] == texts
     for name, bytes in ("a.jsonl.zst", data), ("a.jsonl.gz", gzip.compress(lines)):
         (tmp_path / name).write_bytes(bytes[:-9])
         with pytest.raises(ValueError, match=f"{name}, line .*truncated"):
