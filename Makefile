@@ -70,6 +70,7 @@ $(VENV)/run.ok: requirements.txt
 
 $(VENV)/test.ok: $(VENV)/run.ok requirements-dev.txt
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@$(PY) -m pip install -q --disable-pip-version-check "lm-eval[hf]" || echo "without lm-eval: its test is skipped"
 	@touch $@
 
 test: $(VENV)/test.ok
