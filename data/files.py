@@ -89,10 +89,11 @@ def numbered_rows(path: Path, count: Callable[[int], None] = lambda size: None, 
                     yield number, row
                 return
             for number, line in enumerate(file, 1):  # noqa: B007 (the error names it)
-                if number == 1 and line.lstrip(BLANK).startswith(b"["):
-                    for number, row in enumerate(json.loads(line.lstrip(BLANK) + file.read()), 1):
+                line = line.lstrip(BLANK)
+                if line[:1] == b"[" and number == 1:
+                    for number, row in enumerate(json.loads(line + file.read()), 1):
                         yield number, dict(row)
-                elif line := line.lstrip(BLANK):
+                elif line:
                     try:
                         row = dict(json.loads(line.decode()))
                     except (ValueError, TypeError, RecursionError):

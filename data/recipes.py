@@ -143,6 +143,8 @@ COLUMNS = {
     "messages": ("messages", "conversations", "conversation"),
 }
 NO_ANSWER = {"", "proof", "notfound", "not found", "n/a", "na", "none", "null", "nan", "unknown", "-"}
+VALIDITY = {"problem_is_valid", "solution_is_valid", "is_valid", "correct", "is_correct"}
+UNDOUBTED = ("yes", "true", "1", "none", "nan", "")
 SPEAKERS = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant"}
 
 
@@ -176,12 +178,12 @@ def renamed(row: dict, columns: tuple[tuple[str, str], ...]) -> dict:
 
 def column(row: dict, *names: str) -> str:
     """The first of these columns that has a value; "" if they have none."""
-    name = next((name for name in names if row.get(name) is not None), None)
-    if name is None:
-        if any(name in row for name in names):
-            return ""
-        raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
-    return checked(row[name], name)
+    for name in names:
+        if row.get(name) is not None:
+            return checked(row[name], name)
+    if any(name in row for name in names):
+        return ""
+    raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
 
 
 def checked(text, name: str) -> str:
@@ -199,9 +201,11 @@ def turns(row: dict) -> list[tuple[str, str]]:
 
 def is_valid(row: dict) -> bool:
     """Does no column say that problem or solution is wrong? NuminaMath's have Yes, No, Incomplete, …"""
-    said = [str(row.get(name)).lower() for name in ("problem_is_valid", "solution_is_valid", "is_valid")]
-    no = any(row.get(name) in (False, "False", "false", "No", "no") for name in ("correct", "is_correct"))
-    return not no and all(word in ("yes", "true", "1", "none", "nan", "") for word in said)
+    for name in VALIDITY & row.keys():
+        said = str(row[name]).lower()
+        if said in ("false", "no") or name.endswith("valid") and said not in UNDOUBTED:
+            return False
+    return True
 
 
 def is_answer(text: str) -> bool:
