@@ -947,7 +947,7 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
     calls = itertools.count(1)
 
     def reward(response, gold):
-        if next(calls) == 45:  # in the second step's rollout, which is dropped
+        if next(calls) == 36:  # in the second step's rollout, which is dropped
             os.kill(os.getpid(), signal.SIGINT)
         return odd_reward(response, gold)
 
@@ -984,7 +984,7 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/one.jsonl"], "holds one problem"),
         (["--ckpt", "{ckpt}", "--prompts-per-step", "3", "--updates", "2"], "does not split"),
         (["--ckpt", "{ckpt}", "--preset", "3b"], "--preset 3b needs --prompts: the paper's set is MATH8K"),
-        (["--ckpt", "{ckpt}@7"], "micro@7 is not a folder"),
+        (["--ckpt", "{ckpt}@7"], "micro has no checkpoint of step 7; it has: none"),
         (["--ckpt", "{ckpt}", "--length-schedule", "10:5"], "begin at 0"),
         (["--ckpt", "{ckpt}", "--dual-clip", "0.5"], "give 3, or 0"),
         (
