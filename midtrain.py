@@ -198,12 +198,13 @@ def train_step(model, optimizer, batch: Batch, names: tuple, micro_batch: int, w
 
 
 @torch.no_grad()
-def validate(model: Llama, loader: Loader, mixture: dict, micro_batch: int, world: World, token_bytes):
+def validate(model, loader: Loader, mixture: dict, micro_batch: int, world: World, token_bytes, stop) -> dict:
     """On held-out text of each source: loss in nats per token and in bits per byte, and their means, weighted
-    like the mixture. token_bytes (vocab,): how many bytes of text each token stands for."""
+    like the mixture; {} if stop() said so. token_bytes (vocab,): how many bytes each token stands for."""
     sums = torch.zeros(len(mixture), 3, dtype=world.wide, device=world.device)  # nats, tokens, bytes
     for name, batch in loader.validation(EVAL_BATCHES, world.rank, world.size):
-        add_losses(sums[:, :2], model, batch, micro_batch)
+        if not add_losses(sums[:, :2], model, batch, micro_batch, stop=stop):
+            return {}
         sums[list(mixture).index(name), 2] += token_bytes[batch.targets[batch.targets >= 0]].sum()
     row = {"val_loss": 0.0, "bits_per_byte": 0.0}
     sums = all_sum(sums, world).tolist()
@@ -260,13 +261,16 @@ def run_stage(stage: str, args, world: World) -> None:
     saved = on_rank0(lambda: open_folder(stage_dir, asdict(settings)))  # its newest checkpoint, or None
     meta = files.read_json(f"{saved}/meta.json") if saved else {}
     start, skips = meta.get("step", 0), meta.get("skipped", 0)
-    if start >= settings.steps:
+    late = on_rank0(lambda: unevaluated(stage_dir, start, settings.steps, args.eval_every))
+    if start >= settings.steps and not late:
         return files.print0(f"[{stage}] is finished: {saved}")
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, args.seed + RECIPE[stage].data_seed)
     check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
     model, optimizer = build_model(settings, saved or source, data_dir, args, world)
     tok, at = tokenizer.load(data_dir), start  # at: the step that was saved last
-    log, speed = MetricsLog(stage_dir, start, args.tensorboard), Speed(settings, world)
+    evaluate = partial(validate, model, loader, settings.mixture, args.micro_batch, world, token_bytes(tok))
+    log = MetricsLog(stage_dir, start, args.tensorboard, evaluate(lambda: 0) if late else {})
+    speed, meta = Speed(settings, world), {"stage": stage, "origin": meta.get("origin", source)}
     begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
     begin += f" ({source})" if source not in (None, settings.starts_from) else ""
     work = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps of {args.batch} x"
@@ -275,8 +279,8 @@ def run_stage(stage: str, args, world: World) -> None:
     files.print0(f"[{stage}] epochs by the end: {in_words(loader.epochs(settings.steps), '.2g')}")
 
     def save(step: int) -> str:
-        meta = {"stage": stage, "skipped": skips}
-        return save_checkpoint(stage_dir, step, model, optimizer, tok, meta, args.keep_every)
+        said = meta | {"skipped": skips, "settings": asdict(settings)}
+        return save_checkpoint(stage_dir, step, model, optimizer, tok, said, args.keep_every)
 
     with Interrupt(stage, world) as interrupt:
         for step in range(start + 1, settings.steps + 1):
@@ -290,9 +294,9 @@ def run_stage(stage: str, args, world: World) -> None:
             if not row:  # dropped, so that what is done is saved before whoever sent the signal kills
                 interrupt.leave(step - 1, save(step - 1) if step - 1 > at else saved)
             row = {"step": step, "lr": lr} | row
+            if last or step % args.eval_every == 0:  # if a signal cuts it short: at the next start
+                row |= evaluate(interrupt.agreed)
             signum = interrupt.agreed()
-            if last or step % args.eval_every == 0:  # before saving: rows up to a checkpoint are complete
-                row |= validate(model, loader, settings.mixture, args.micro_batch, world, token_bytes(tok))
             if last:
                 row |= {f"share/{name}": n / (step * args.batch) for name, n in loader.seen(step).items()}
                 row |= {f"epochs/{name}": n for name, n in loader.epochs(step).items()}
@@ -304,8 +308,10 @@ def run_stage(stage: str, args, world: World) -> None:
                 saved, at = save(step), step
             if signum:
                 interrupt.leave(step, saved)
-        if signum := interrupt.agreed():  # it came during the last evaluation or save
+        if signum := interrupt.agreed():  # it came during the last save
             raise SystemExit(128 + signum)
+    if start >= settings.steps:
+        return files.print0(f"[{stage}] is finished, and evaluated now: {saved}")
     seen = in_words({key[6:]: value for key, value in row.items() if key.startswith("share/")}, ".1%")
     files.print0(f"[{stage}] done: {saved}; sequences seen: {seen}")
 
@@ -316,17 +322,29 @@ def run_stage(stage: str, args, world: World) -> None:
 def is_finished(stage_dir: str) -> bool:
     if (path := files.latest_checkpoint(stage_dir)) is None:
         return False
-    meta, settings = files.read_json(f"{path}/meta.json"), read_settings(stage_dir)
-    return settings is not None and meta["step"] >= settings["steps"]
+    step, steps = files.read_json(f"{path}/meta.json")["step"], read_settings(stage_dir)["steps"]
+    return step >= steps and not unevaluated(stage_dir, step, steps, steps)
 
 
 def read_settings(stage_dir: str) -> dict | None:
-    """A folder's config.json, None if there is none. ValueError, saying what to do, for a damaged one."""
+    """A folder's config.json, None if there is none. What a crash took is in the newest checkpoint too."""
     try:
-        return files.read_json(os.path.join(stage_dir, "config.json"), missing_ok=True)
+        found, why = files.read_json(os.path.join(stage_dir, "config.json"), missing_ok=True), ""
     except ValueError as error:
-        how = "delete it, and the command that began this folder writes it again, without comparing its flags"
-        raise ValueError(f"{error}: {how}") from None
+        found, why = None, str(error)
+    if found is None and (saved := files.latest_checkpoint(stage_dir)):
+        found = files.read_json(os.path.join(saved, "meta.json")).get("settings")
+        why = "" if found else why or f"{stage_dir} has checkpoints of an older version and no config.json"
+    if why:
+        raise ValueError(f"{why}: delete the folder, or use another --out")
+    return found
+
+
+def unevaluated(stage_dir: str, step: int, steps: int, eval_every: int, name: str = "val_loss") -> bool:
+    """Was the evaluation that is due after this step cut short?"""
+    rows = read_metrics(os.path.join(stage_dir, "metrics.jsonl"))
+    row = next((row for row in rows if row["step"] == step), None)
+    return row is not None and (step >= steps or step % eval_every == 0) and name not in row
 
 
 def open_data(args) -> str:
@@ -377,8 +395,8 @@ def below(stage: str, args) -> str | None:
     None: there is none, it starts from --init or from random weights."""
     name = RECIPE[stage].stands_on
     if args.start and stage == args.branch:
-        inside = os.path.join(args.start, name)
-        return inside if os.path.isdir(inside) else args.start
+        run, step = re.fullmatch(r"(.*?)(@\d+)?", args.start).groups("")
+        return f"{run}/{name}{step}" if os.path.isdir(f"{run}/{name}") else args.start
     return None if name is None or (args.init and name == "base") else os.path.join(args.out, name)
 
 
@@ -402,7 +420,7 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
         source = files.find_checkpoint(where)
         before = read_settings(stage_of(source)) or {}
         if "starts_from" not in before:
-            raise ValueError(f"{stage_of(source)}/config.json is not the configuration of a stage")
+            raise ValueError(f"{stage_of(source)}/config.json is no stage's: RL's weights go by --init")
         if args.init and before["starts_from"] != args.init:
             raise ValueError(f"{where} started from {before['starts_from']}, not from --init {args.init}")
     tok, mixture = tokenizer.load(data_dir), mixture_of(stage, args, data_dir)
@@ -414,8 +432,9 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
         start = source = args.init
     rate = own["lr"] if own else ended_at(before, source) if before else run["lr"][stage]
     steps = (args.steps if named else own and own["steps"]) or run["steps"][stage]
-    if own and RECIPE[stage].schedule != "cosine":  # it may have been made longer
-        steps = max(steps, own["steps"])
+    if own and RECIPE[stage].schedule != "cosine" and steps < own["steps"]:
+        files.print0(f"[{stage}] was begun with {own['steps']} steps, which fewer do not shorten")
+        steps = own["steps"]
     return Settings(
         stage=stage, preset=args.preset, starts_from=start, mixture=mixture, tokenizer=tok.hash,
         steps=steps, lr=named and args.lr or rate, warmup=run["warmup"] if stage == "base" else 0,
@@ -596,8 +615,8 @@ def clean_exit():
 
 
 class Interrupt:
-    """Around a loop of steps. Ctrl-C and SIGTERM are only noted: ask agreed() where the loop can be left. An
-    error that leaves the loop carries `where`, the step that it happened in."""
+    """Around a loop of steps. A first Ctrl-C and SIGTERM are only noted: ask agreed() where the loop can be
+    left. An error that leaves the loop carries `where`, the step that it happened in."""
 
     def __init__(self, name: str, world: World):
         self.name, self.world, self.step, self.signum, self.when = name, world, 0, 0, 0.0
@@ -613,7 +632,8 @@ class Interrupt:
             error.where = f"step {self.step} of {self.name}"
 
     def _note(self, signum, frame) -> None:
-        if self.signum and time.monotonic() - self.when > 1:  # torchrun passes one Ctrl-C on twice, at once
+        again = signum == signal.SIGINT and self.signum
+        if again and time.monotonic() - self.when > 1:  # torchrun passes one Ctrl-C on twice, at once
             raise KeyboardInterrupt
         self.signum, self.when = signum, time.monotonic()
 
@@ -826,9 +846,9 @@ def read_metrics(path: str) -> list[dict]:
 
 class MetricsLog:
     """metrics.jsonl, one row per step. Opening it at a checkpoint's step drops the rows after that step.
-    tensorboard: the rows go there too."""
+    tensorboard: the rows go there too; late: what that step's row lacks."""
 
-    def __init__(self, stage_dir: str, step: int, tensorboard: bool = False):
+    def __init__(self, stage_dir: str, step: int, tensorboard: bool = False, late: dict | None = None):
         self.file = self.board = None
         if not files.is_rank0():
             return
@@ -839,7 +859,10 @@ class MetricsLog:
                 raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
             self.board = SummaryWriter(os.path.join(stage_dir, "tensorboard"), purge_step=step + 1)
         path = os.path.join(stage_dir, "metrics.jsonl")
-        files.write_jsonl(path, [row for row in read_metrics(path) if row["step"] <= step])
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        if late and rows:
+            rows[-1] |= late
+        files.write_jsonl(path, rows)
         self.file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115, open as long as the run
 
     def write(self, row: dict) -> None:
@@ -1069,7 +1092,7 @@ def parse_args():
     add("--export", metavar="DIR", help="write --from, or --branch, for other programs (bf16, or --dtype)")
     args = p.parse_args()
     if not (args.branch or args.export and args.start):
-        raise ValueError(f"--branch is needed: one of {', '.join(RECIPE)}")
+        raise ValueError(f"--branch is needed: one of {', '.join(RECIPE)} (or --from, for --export)")
     run = RUNS[args.preset]
     args.out = args.out or f"runs/{args.preset}"
     for name, (_, default, _) in FLAGS.items():
@@ -1078,7 +1101,9 @@ def parse_args():
             setattr(args, name, run[name] if default == "preset" else default)
         elif not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    args.init = args.init and os.path.normpath(args.init)
+    args.init, args.start = (path and os.path.realpath(path) for path in (args.init, args.start))
+    if args.init and os.path.isdir(os.path.join(args.init, "checkpoints")):
+        raise ValueError(f"--init {args.init} is a run: go on by --from, or name one of its checkpoints")
     if args.start and (args.init or args.branch == "base"):
         raise ValueError("--from goes on from a stage: not with --init, nor with --branch base")
     if args.branch == "base" and (args.init or not run["steps"]["base"]):

@@ -427,9 +427,10 @@ def log_probs(model: Llama, b: MicroBatch, temperature: float) -> Tensor:
     return -model(b.tokens, b.targets, b.doc_start, temperature, prefix=b.prefix).flatten()[b.logp_index]
 
 
-def update(model, reference, optimizer, samples: list[Sample], cap: int, args, world, groups=None) -> dict:
+def update(model, reference, optimizer, samples: list, cap: int, args, world, groups=None, stop=lambda: 0):
     """One or several optimizer steps on a rollout → metrics. Several: its problems in --updates equal parts.
-    samples: of groups 0..groups-1 (None: as many as a step has problems).
+    samples: of groups 0..groups-1 (None: as many as a step has problems). {} if stop() said so before the
+    first of the steps.
 
     Responses of a group without signal have no gradient: without a KL term they get no forward pass. They
     count in the denominator, the loss being a mean over all responses, unless --filter drop takes them out of
@@ -451,6 +452,9 @@ def update(model, reference, optimizer, samples: list[Sample], cap: int, args, w
         tokens, n = over_ranks([sum(len(s.tokens) for s in part), len(part)], world)
         total = {"token": tokens, "sequence": n, "constant": n * cap}[args.loss_agg]
         for b in group:
+            if not norms and stop():
+                optimizer.zero_grad(set_to_none=True)
+                return {}
             backward(model, b, total, sums, args, world)
         if group:  # else there is no signal on any rank, and the weights stay
             norms.append(optimizer_step(model, optimizer))
@@ -508,14 +512,20 @@ def train(args, world: World) -> None:
     sampler = Sampler(model, tok, args.slots)
     saved = midtrain.on_rank0(lambda: midtrain.open_folder(folder, settings))
     start = midtrain.load_checkpoint(saved, model, optimizer)["step"] if saved else 0
-    log, begun = midtrain.MetricsLog(folder, start if saved else -1, args.tensorboard), time.perf_counter()
+    late, begun = {}, time.perf_counter()
+    due = folder, start, args.steps, args.eval_every, "eval_accuracy"
+    if saved and midtrain.on_rank0(lambda: midtrain.unevaluated(*due)):
+        late = evaluate(sampler, held_out, start, name, args, world)
+    log = midtrain.MetricsLog(folder, start if saved else -1, args.tensorboard, late)
     begin = f"goes on at step {start}" if saved else f"starts from {source}"
     sizes = f"{len(train_problems)} problems, {len(held_out)} held out"
     files.print0(f"[{name}] {begin}: {sizes}, {args.dtype} on {world.size} x {world.device.type}")
-    at, meta = start, {"stage": name}  # at: the step that was saved last
+    at, meta = start, {"stage": name, "settings": settings}  # at: the step that was saved last
     with midtrain.Interrupt(name, world) as interrupt:
+        sampler.halted = lambda: interrupt.signum  # what it was doing then is dropped
         if not saved:
-            log.write({"step": 0} | evaluate(sampler, held_out, 0, name, args, world))
+            first = evaluate(sampler, held_out, 0, name, args, world, interrupt.agreed)
+            log.write({"step": 0} | (first or interrupt.leave(0, None)))
         for step in range(start + 1, args.steps + 1):
             interrupt.step, last = step, step == args.steps
             row = grpo_step(
@@ -524,38 +534,38 @@ def train(args, world: World) -> None:
                 if step - 1 > at:
                     saved = midtrain.save_checkpoint(folder, step - 1, model, optimizer, tok, meta)
                 interrupt.leave(step - 1, saved)
-            signum = interrupt.agreed()
-            if step % args.log_every == 0 or last or signum:
+            if step % args.log_every == 0 or last:
                 took = time.perf_counter() - begun
                 left = midtrain.duration(took / (step - start) * (args.steps - step))
                 more = f"{midtrain.duration(took)}, {midtrain.peak_memory(world.device) / 2**30:.1f} GiB"
                 files.print0(f"[{name}] step {step}/{args.steps} {line(row)}, eta {left}, {more}")
-            if step % args.eval_every == 0 or last:  # before saving: rows up to a checkpoint are complete
-                row |= evaluate(sampler, held_out, step, name, args, world)
+            if step % args.eval_every == 0 or last:  # if a signal cuts it short: at the next start
+                row |= evaluate(sampler, held_out, step, name, args, world, interrupt.agreed)
             log.write(row)
+            signum = interrupt.agreed()
             if step % args.save_every == 0 or last or signum:
                 saved, at = midtrain.save_checkpoint(folder, step, model, optimizer, tok, meta), step
             if signum:
                 interrupt.leave(step, saved)
-        if signum := interrupt.agreed():  # it came during the last evaluation or save
+        if signum := interrupt.agreed():  # it came during the last save
             raise SystemExit(128 + signum)
     files.print0(f"[{name}] done: {saved}")
 
 
 def grpo_step(model, reference, optimizer, sampler, train_problems, step, folder, args, world, interrupt):
-    """Rollouts, rewards, update → a row of metrics; {} if a signal came during the rollouts."""
+    """Rollouts, rewards, update → a row of metrics; {} if a signal came before the weights changed."""
     cap, start = length_cap(args.length_caps, step - 1), time.perf_counter()
-    sampler.halted = lambda: interrupt.signum
     with unsharded(model):
         made = rollouts_of_step(sampler, train_problems, step - 1, cap, args, world)
-    sampler.halted = None
     if interrupt.agreed():
         return {}
     problems, samples, kept, groups = made
     row = {"step": step, "cap": cap, "lr": args.lr, "problems": len(problems)}
     row |= rollout_metrics(samples, world)
     sampled = time.perf_counter()
-    row |= update(model, reference, optimizer, kept, cap, args, world, groups)
+    if not (parts := update(model, reference, optimizer, kept, cap, args, world, groups, interrupt.agreed)):
+        return {}
+    row |= parts
     updated = time.perf_counter()
     if step % args.text_every == 0:
         write_rollouts(f"{folder}/rollouts/step_{step:06d}.jsonl", samples, problems, world)
@@ -565,13 +575,16 @@ def grpo_step(model, reference, optimizer, sampler, train_problems, step, folder
     return row | {"rollout_tokens_per_s": tokens / roll, "update_tokens_per_s": row["trained_tokens"] / upd}
 
 
-def evaluate(sampler: Sampler, held_out: list[dict], step: int, name: str, args, world: World) -> dict:
-    """Greedy responses to held-out problems after `step` steps, with the template and the cap of training."""
+def evaluate(sampler, held_out: list[dict], step: int, name: str, args, world, stop=lambda: 0) -> dict:
+    """Greedy responses to held-out problems after `step` steps, with the template and the cap of training; {}
+    if a signal cut them short: stop() says so."""
     start, problems = time.perf_counter(), held_out
     if 0 < step < args.steps:
         problems = held_out[: args.eval_subset]
     with unsharded(sampler.model):
         samples = rollout(sampler, problems, 1, length_cap(args.length_caps, step), 0.0, 0, args, world)
+    if stop():
+        return {}
     m = rollout_metrics(samples, world)
     correct = f"{m['accuracy']:.1%} of {len(problems)} correct, length {m['length']:.0f}"
     more = f"(correct {m['length_correct'] or 0:.0f}), truncated {m['truncated']:.1%}"

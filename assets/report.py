@@ -24,7 +24,7 @@ def read_stages(out: str) -> dict[str, tuple[dict, list[dict]]]:
     found = {}
     for stage in midtrain.RECIPE:
         if rows := midtrain.read_metrics(os.path.join(out, stage, "metrics.jsonl")):
-            found[stage] = files.read_json(os.path.join(out, stage, "config.json")), rows
+            found[stage] = midtrain.read_settings(os.path.join(out, stage)), rows
     return found
 
 
@@ -38,9 +38,10 @@ def stage_table(stages: dict) -> str:
         shares = {k[6:]: share for k, share in rows[-1].items() if k.startswith("share/")}
         times = {name: f", {rows[-1].get('epochs/' + name, math.nan):.2g} times" for name in shares}
         seen = "; ".join(f"{name} {share:.1%}{times[name]}" for name, share in shares.items())
-        tokens = len(rows) * settings["batch"] * settings["seq_len"]
+        steps = rows[-1]["step"]
+        tokens = steps * settings["batch"] * settings["seq_len"]
         ends = f"{points[0][1]:.3f} | {points[-1][1]:.3f}"
-        lines.append(f"| {stage} | {len(rows):,} | {tokens:,} | {ends} | {val} | {seen or 'not finished'} |")
+        lines.append(f"| {stage} | {steps:,} | {tokens:,} | {ends} | {val} | {seen or 'not finished'} |")
     return "\n".join(lines)
 
 
@@ -48,7 +49,7 @@ def twentieths(rows: list[dict]) -> list[tuple[float, float]]:
     """(step in the middle, mean loss) of each twentieth of a stage; steps that were left out do not count."""
     few, points = max(1, len(rows) // 20), []
     for i in range(0, len(rows) - few + 1, few):
-        losses = [row["loss"] for row in rows[i : i + few] if row["loss"] is not None]
+        losses = [row["loss"] for row in rows[i : i + few] if isinstance(row.get("loss"), float)]
         if losses:
             points.append((i + few / 2, sum(losses) / len(losses)))
     return points or [(0.0, math.nan)]
@@ -61,7 +62,7 @@ def plot_stages(stages: dict, path: str) -> None:
     for stage, (settings, rows) in stages.items():
         begin = end.get(midtrain.RECIPE[stage].stands_on, 0)  # branches lie side by side
         each = settings["batch"] * settings["seq_len"] / 1e6
-        end[stage] = begin + len(rows) * each
+        end[stage] = begin + rows[-1]["step"] * each
         points = [(begin + each * step, loss) for step, loss in twentieths(rows)]
         (drawn,) = axes.plot(*zip(*points), label=f"{stage}, training")
         held = [row for row in rows if row.get("val_loss") is not None]

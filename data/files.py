@@ -190,7 +190,7 @@ def latest_checkpoint(run_dir: str) -> str | None:
     for path in checkpoints(run_dir):
         if is_whole(path):
             return path
-        print0_once(f"{path} is damaged: taking the one before it")
+        print0_once(f"{path} is damaged: passed over")
     return None
 
 
@@ -215,7 +215,7 @@ def find_checkpoint(path: str) -> str:
     """What --ckpt means: a checkpoint's folder, ours or Hugging Face's, or a run's, for its newest whole one,
     or RUN@STEP. FileNotFoundError if there is none; ValueError if the one that is named is damaged."""
     run_dir, _, step = path.rpartition("@")
-    if step.isdigit() and os.path.isdir(run_dir):
+    if step.isdigit() and os.path.isdir(run_dir) and not os.path.isdir(path):
         path = os.path.join(run_dir, "checkpoints", f"step_{int(step):06d}")
         if not os.path.isdir(path):
             kept = ", ".join(str(int(name[-6:])) for name in reversed(checkpoints(run_dir)))

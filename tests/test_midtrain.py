@@ -312,7 +312,7 @@ def test_a_signal_saves_what_is_done(train, tmp_path, monkeypatch, name, when, s
     command, signum, real = ("--branch", "base", "--steps", "6"), getattr(signal, name), Llama.nll
     calls = iter(range(1, 1000))
 
-    def nll(*args, **kwargs):  # two of them in a step, and three in the evaluation
+    def nll(*args, **kwargs):  # two of them in a step
         if next(calls) == 6:
             os.kill(os.getpid(), signum)
         return real(*args, **kwargs)
@@ -394,10 +394,34 @@ def test_the_readmes_batch_script_survives_the_time_limit(tmp_path, shards):
     assert files.latest_checkpoint(str(tmp_path / "base"))
 
 
-def test_a_signal_in_the_last_evaluation_is_not_forgotten(train, tmp_path, monkeypatch):
-    real = midtrain.validate
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_signal_cuts_an_evaluation_short(train, tmp_path, monkeypatch, steps):
+    """It is made up for at the next start. A second SIGTERM changes nothing; a second Ctrl-C would."""
+    command, real, calls = ("--branch", "base", "--eval-every", "2"), Llama.nll, iter(range(1, 1000))
+
+    def nll(*args, **kwargs):  # a step has two of them, an evaluation four
+        if next(calls) == 2 * steps + 4 * (steps > 2) + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(time, "monotonic", lambda: 1e9)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Llama, "nll", nll)
+        train(tmp_path / "b", *command)
+    assert stop.value.code == 143 and not midtrain.is_finished(str(tmp_path / "b/base"))
+    assert files.latest_checkpoint(str(tmp_path / "b/base")).endswith(f"step_00000{steps}")
+    assert "val_loss" not in rows(tmp_path / "b/base")[-1]
+    train(tmp_path / "b", *command)
+    train(tmp_path / "a", *command)
+    assert_same_run(tmp_path / "a/base", tmp_path / "b/base")
+    assert "val_loss" in rows(tmp_path / "b/base")[steps - 1]
+
+
+def test_a_signal_in_the_last_save_is_not_forgotten(train, tmp_path, monkeypatch):
+    real = midtrain.save_checkpoint
     monkeypatch.setattr(
-        midtrain, "validate", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args)
+        midtrain, "save_checkpoint", lambda *args: os.kill(os.getpid(), signal.SIGINT) or real(*args)
     )
     with pytest.raises(SystemExit) as stop:
         train(tmp_path, "--branch", "stable")
@@ -635,7 +659,7 @@ def test_every_nth_checkpoint_is_kept_for_good(train, tmp_path):
     assert kept == ["step_000003", "step_000006", "step_000008", "step_000009"]
 
 
-def test_a_stage_at_a_constant_rate_can_be_made_longer(train, tmp_path):
+def test_a_stage_at_a_constant_rate_can_be_made_longer(train, tmp_path, capsys):
     """Four steps, then eight: those of a run of eight, bit for bit. A branch has its end in its schedule."""
     train(tmp_path / "a", "--branch", "stable", "--steps", "8")
     train(tmp_path / "b", "--branch", "stable")
@@ -644,7 +668,9 @@ def test_a_stage_at_a_constant_rate_can_be_made_longer(train, tmp_path):
     assert [row["loss"] for row in rows(tmp_path / "a/stable")] == [
         row["loss"] for row in rows(tmp_path / "b/stable")
     ]
+    capsys.readouterr()
     train(tmp_path / "b", "--branch", "stable")  # the preset's 4 steps: nothing to do
+    assert "[stable] was begun with 8 steps, which fewer do not shorten" in capsys.readouterr().out
     assert midtrain.read_settings(str(tmp_path / "b/stable"))["steps"] == 8
 
 
@@ -662,8 +688,14 @@ def test_a_branch_can_start_from_a_kept_step(train, tmp_path, capsys):
     assert "[long] is finished" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 4; it has: 3, 5, 6"):
         train(tmp_path / "d", "--branch", "long", "--from", f"{tmp_path}/b/stable@4")
-    train(tmp_path / "d", "--branch", "long", "--from", f"{tmp_path}/b")  # a run's stable
+    train(tmp_path / "d", "--branch", "long", "--from", f"{tmp_path}/b/")  # a run's stable
+    train(tmp_path / "d", "--branch", "long", "--from", f"{tmp_path}/b")  # is the same folder
     assert "d/long" in capsys.readouterr().out
+    meta = files.read_json(f"{files.latest_checkpoint(str(tmp_path / 'd/long'))}/meta.json")
+    assert meta["origin"] == f"{tmp_path}/b/stable/checkpoints/step_000006"
+    (tmp_path / "b/stable@6").mkdir()  # what is there goes before what is meant
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*stable@6"):
+        files.find_checkpoint(f"{tmp_path}/b/stable@6")
     Llama(midtrain.PRESETS["tiny"]).save_pretrained(str(tmp_path / "foreign"))
     with pytest.raises(ValueError, match="no optimizer state: foreign weights are given by --init"):
         train(tmp_path / "e", "--branch", "long", "--from", str(tmp_path / "foreign"))
@@ -881,6 +913,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         ("--branch long --from nowhere", "nowhere is not a folder"),
         ("--branch long --from nowhere --init X", "--from goes on from a stage: not with --init"),
         ("--branch base --from nowhere", "nor with --branch base"),
+        ("--export X", "--branch is needed: one of base, stable, short, long, hybrid, controlled (or --from"),
         ("--branch long --batch 0", "--batch must be above 0, not 0"),
         ("--branch long --lr nan", "--lr must be above 0, not nan"),
         (
@@ -969,13 +1002,13 @@ def test_a_node_crash_does_not_block_the_run(train, tmp_path, capsys):
     assert "3 damaged rows left out" in capsys.readouterr().out
     assert_same_run_but_shares(tmp_path / "a/base", tmp_path / "b/base")
     config = tmp_path / "b/base/config.json"
-    text = config.read_text()
-    config.write_text("")
-    with pytest.raises(ValueError, match="config.json is damaged: .*: delete it, and the command that began"):
-        train(tmp_path / "b", *flags)
-    config.unlink()
+    for damage in (lambda: config.write_text(""), config.unlink):  # the checkpoint has it too
+        damage()
+        train(tmp_path / "b", "--branch", "stable")
+        with pytest.raises(ValueError, match="seed 0 → 1"):
+            train(tmp_path / "b", *flags, "--seed", "1")
     train(tmp_path / "b", *flags)
-    assert config.read_text() == text
+    assert json.loads(config.read_text())["steps"] == 4
 
 
 def test_nodes_must_share_the_run_folder(tmp_path, shards):

@@ -954,11 +954,16 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, command(checkpoint, tmp_path), reward)
     assert stop.value.code == 130 and "stopped after step 1: saved" in capsys.readouterr().out
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # in an update: it ends first
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # as an update begins
         update = rl.update
         patch.setattr(rl, "update", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or update(*args))
         run(patch, command(checkpoint, tmp_path))
-    assert "stopped after step 2: saved" in capsys.readouterr().out
+    assert "stopped after step 1: saved" in capsys.readouterr().out  # nothing had changed yet
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # in the evaluation after step 2
+        evaluate = rl.evaluate
+        patch.setattr(rl, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
+        run(patch, command(checkpoint, tmp_path))
+    assert "stopped after step 2: saved" in capsys.readouterr().out  # evaluated by the next start
     program = [sys.executable, __file__, "run", *command(checkpoint, tmp_path)]
     process = subprocess.Popen(program, stdout=subprocess.PIPE)
     while b"step 3/6" not in (line := process.stdout.readline()):
