@@ -39,6 +39,7 @@ The conventions, where people may differ:
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -91,19 +92,14 @@ def is_equivalent(answer: str, gold: str) -> bool:
     answer, gold = clean(answer), clean(gold)
     if not answer or not gold or answer == gold:
         return answer == gold != ""
-    (key, words, choice), (gold_key, gold_words, gold_choice) = readings(answer), readings(gold)
-    if key == gold_key or words == gold_words != "":
+    if visible(answer) == visible(gold) != "" or same_choice(answer, gold):
         return True
-    for thousands in (True, False) if re.search(r"\d,\d{3}", answer + gold) else (True,):
-        a, b = parse(answer, thousands), parse(gold, thousands)
-        if a is None or b is None:
-            continue
-        if a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and a[2] in LETTER_UNITS and not names(b):
-            a = a[1]  # 3s for 3: only here, where the gold is known to have no variable
-        with contextlib.suppress(OutOfSteps, ArithmeticError, RecursionError):
-            if same(a, b, Work()):
-                return True
-    return choice == gold_choice != ""
+    a, b = parse(answer), parse(gold)
+    if a is None or b is None or is_prose(answer) and is_prose(gold):
+        return False  # as texts they differ
+    with contextlib.suppress(OutOfSteps, ArithmeticError, RecursionError):
+        return same(_bare(a, b), b, Work())
+    return False
 
 
 def same(a: tuple, b: tuple, work: "Work") -> bool:
@@ -111,7 +107,7 @@ def same(a: tuple, b: tuple, work: "Work") -> bool:
     work.spend(5)
     if a == b:
         return True
-    for rule in (same_sets, same_lists, same_relations, same_shapes, same_units):
+    for rule in (same_assignments, same_sets, same_lists, same_relations, same_shapes, same_units):
         if (verdict := rule(a, b, work)) is not None:
             return verdict
     return same_values(a, b, work)
@@ -119,7 +115,7 @@ def same(a: tuple, b: tuple, work: "Work") -> bool:
 
 def same_values(a: tuple, b: tuple, work: "Work") -> bool:
     """Expressions: equal at every point where both have a value, at least three if there is a variable."""
-    one_percent = has(a, "%") != has(b, "%")
+    one_percent = ("%" in kinds(a)) != ("%" in kinds(b))
     for percent in (Fraction(1, 100), ONE) if one_percent else (Fraction(1, 100),):
         work.percent, checked = percent, 0
         for x, y in samples(a, b, work):
@@ -140,13 +136,16 @@ JOINT = re.compile(  # what may stand between two boxes of one list
 RUN_ON = re.compile(r"<\|[a-z_]+\|>|</s>|\n[ \t]*(?:Problem|Question|User|Human|Q):")  # the model went on
 ANSWER_IS = re.compile(
     r"(?i)(?:answer|correct (?:choice|option)|答案|respuesta|réponse|antwort|resposta|ответ)"
-    r"(?:\s*(?:is|are|es|est|ist|é|是|为)\b\s*:?|\s*[:：=]|\s*\n|\s*(?=[$\\]))\s*(?:the final answer is)?\s*")
-FORMULA = re.compile(  # in "$2 and $3" there is no formula
-    r"\$\$(.{1,400}?)\$\$|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)", re.S)
+    r"(?:\s*(?:is|are|es|est|ist|é|是|为)\b\s*:?|\s*[:：=]|\s*\n|\s*(?=[$\\]))\s*(?:the final answer is)?\s*"
+    r"|\b(?:pick|choose)\s+(?=(?-i:\(?[A-J]\b))|(?=(?-i:\b[A-J]) is correct)")
+FORMULA = re.compile(  # in "$2 and $3" there is no formula, nor in "$ 2 and $ 3"
+    r"\$\$(.{1,400}?)\$\$|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)"
+    r"|\$\s+([^$]{0,200}[\\^=][^$]{0,200})\s\$(?!\d)", re.S)
 NUMBER = re.compile(  # a minus after a digit or a bracket is a subtraction
     r"(?:(?<![\w)%.])[-−])?\$?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
-ROUNDED = re.compile(rf"\brounds?(?:ed)?(?: off)?(?: up| down)? to (?:about )?({NUMBER.pattern})"
-    r"(?!\s*(?:decimal|significant|place|digit))")
+MATHS = re.compile(  # a formula without dollars; a single letter is none before a word, as in "5 a day"
+    r"(?:\\[A-Za-z]+\s*|\\.|[\d\s.,:;()\[\]{}+\-*/^_=<>≤≥≠≈|!%$°π√∞½²³−×÷·'′&]|[€£¥₹]"
+    r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z'’]|\s+[A-Za-z]{2}))*")
 
 
 def _last_box(text: str) -> str | None:
@@ -182,96 +181,106 @@ def _from_prose(text: str) -> str | None:
     """The answer of a response without a box: by its marker, else the last formula, bold text or number."""
     text = re.sub(r"(?i)I hope it is correct\.?$", "", text.strip()).replace("**", " ").strip()
     if "####" in text:
-        return text.rpartition("####")[2].strip().split("\n")[0]
+        return text.rpartition("####")[2].strip(": ").split("\n")[0]
     ends = [found.end() for found in ANSWER_IS.finditer(text)]
     if ends and text[ends[-1] :].strip():
         return _first_answer(text[ends[-1] :].strip())
     last_line = text.rpartition("\n")[2]
-    if re.match(r"A\s*:", last_line):
-        return last_line.partition(":")[2]
     if formulas := list(FORMULA.finditer(last_line)):
         behind = NUMBER.findall(last_line[formulas[-1].end() :])
         return behind[-1] if behind else formulas[-1][formulas[-1].lastindex]
-    if rounded := ROUNDED.findall(last_line):
-        return rounded[-1]
-    claim, _, reason = last_line.rpartition(" because ")
-    if "=" not in reason and NUMBER.search(claim):  # "It costs $50 because 50 < 52"
-        return NUMBER.findall(claim)[-1]
     # "…she needs 120/24 = 5 hours to read 120 pages": in a last line with a calculation, its result
     before, equals, result = last_line.rpartition("=")
     if equals and (numbers := NUMBER.findall(result) or NUMBER.findall(before)[-1:]):  # or "6 = x"
         return numbers[0]
     numbers = NUMBER.findall(text)
-    # "7 + 26 = 33\nThere are 33 ounces in those 3 boxes": a result that is said again, else the last number
-    results = NUMBER.findall(text.rpartition("\n")[0].rpartition("=")[2])
-    again = results and results[0].strip(" $") in (number.strip(" $") for number in NUMBER.findall(last_line))
-    return results[0] if again else numbers[-1] if numbers else None
+    return numbers[-1] if numbers else None
 
 
 def _first_answer(text: str) -> str | None:
-    """What follows "the answer is": a formula, a choice letter, a number of the sentence, or the sentence."""
+    """What follows "the answer is": a formula, a choice letter, mathematics, a number of the sentence, or it."""
     if formula := FORMULA.match(text):
         return formula[formula.lastindex]
-    if choice := re.match(r"\(?([A-J])\)?(?=[\s).:,]|$)", text):
+    if choice := re.match(r"\(?([A-J])\)?(?=[.):,]|\s*$|\s+[^\s\d+*/=<>^_(-])", text):
         return choice[1]
     line = re.split(r"\n|\.(?:\s|$)", text)[0]
+    formula = MATHS.match(line)[0]
+    behind = line[len(formula) :]
+    if re.search(r"[\d\\]", formula) or not behind:
+        is_more = re.match(r"(?i)(?:or|and|to|plus|minus|times|[ap]\.?m)\b", behind)
+        return line if is_more else formula.rstrip(" ,;:([{-−!")
     numbers = NUMBER.findall(line)
-    return numbers[-1 if "=" in line else 0] if numbers else line
+    return numbers[0] if numbers else line
 
 
 # ---- Tokens: (kind, value, is there a space before it?), kinds num, sym, fn, word, text, op ----------------
 
-UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’", "****//---''") | str.maketrans({"≤": "<=", "⩽": "<=", "≥": ">=",
-    "⩾": ">=", "≠": r"\ne ", "≈": r"\approx ", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ",
+UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’µ", "****//---''μ") | str.maketrans({"≤": "<=", "⩽": "<=", "≥": ">=",
+    "⩾": ">=", "≠": r"\ne ", "≈": r"\approx ", "π": r"\pi ", "θ": r"\theta ", "μ": r"\mu ", "∞": r"\infty ",
     "°": r"\degree ", "º": r"\degree ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
-    "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "²": "^2", "³": "^3", "⁴": "^4", "€": r"\$", "£": r"\$",
-    "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}"})
+    "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "ℝ": r"\mathbb{R}", "∖": r"\setminus "})
 WRAPPER = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|math(?:rm|bf|it|sf)|operatorname|bold)\s*\{([^{}]*)\}"
 TOKEN = re.compile(rf"(?P<wrapped>{WRAPPER})"
-    r"|(?P<env>\\(?:begin|end)\s*\{(?:[pbBvV]?matrix|array)\}(?:\{[lcr| ]*\})?)"
+    r"|(?P<env>\\(?:begin|end)\s*\{(?:[pbB]?matrix|array|cases|aligned)\}(?:\{[lcr| ]*\})?)"
     r"|(?P<row>\\\\(?:\[[^\]]{0,9}\])?)"
     r"|(?P<skip>[\s~$]+|\\[,;:!()\[\] \n]|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits"
-    r"|q?quad|rm|bf|phantom|thinspace)(?![A-Za-z]))"
+    r"|q?quad|rm|bf|phantom|thinspace|[lL]arge|LARGE|[hH]uge|small|underline)(?![A-Za-z])"
+    r"|\\(?:text)?color\s*\{[^{}]*\})"
     r"|(?P<num>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\d.]))?)"
     r"|(?P<word>[A-Za-z]+)|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<op><=|>=|==|\*\*|.)", re.S)
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")  # 1,234,567
-GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,?\\!|\\,|\\;|\\ | )(?=\d{3}(?!\d))")  # 10{,}000  10\,000  10 000
+GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,?\\! ?|\\,|\\;|\\ | )(?=\d{3}(?!\d))")  # 10{,}000  10\,000  10 000
 OPERATORS = {word: names.split()[0] for names in (
-    *r"+ - _ ( ) { } ! & ' sqrt in cup pm mp lfloor rfloor lceil rceil begin end row \$".split(),
-    "* times cdot ast", "/ div", "^ **", "[ lbrack", "] rbrack", r"\{ lbrace", r"\} rbrace",
-    "| lvert rvert vert", "= == approx equiv", "< lt", "> gt", "<= le leq leqslant", ">= ge geq geqslant",
-    "ne neq", ": colon", ", ; and or", r"% \% percent pct", "frac dfrac tfrac cfrac", "binom dbinom tbinom",
-    "degree circ degrees", "inf infty infinity oo", "emptyset varnothing") for word in names.split()}
-COMMANDS = set("in le ne ge lt gt frac cup pm".split())  # operators only behind a backslash
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp".split())
-REFUSED = set("sum prod int iint oint lim dots ldots cdots vdots overline bmod pmod mod begin end".split())
+    *r"+ - _ { } ! & ' sqrt in cup pm mp setminus over choose lfloor rfloor lceil rceil row".split(),
+    *r"approx or \$ € £ ¥ ₹".split(), "( langle", ") rangle", "* times cdot ast", "/ div", "^ **", "[ lbrack",
+    "] rbrack", r"\{ lbrace", r"\} rbrace", "| lvert rvert vert", "= == equiv", "approx simeq", "< lt", "> gt",
+    "<= le leq leqslant", ">= ge geq geqslant", "ne neq", ": colon", ", ; and", r"% \% percent pct",
+    "frac dfrac tfrac cfrac nicefrac", "binom dbinom tbinom", "degree circ degrees", "inf infty infinity oo",
+    "emptyset varnothing") for word in names.split()}
+COMMANDS = set("in le ne ge lt gt frac cup pm over choose".split())  # operators only behind a backslash
+FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc log ln lg exp cis".split())
+APPLIED = set("max min gcd lcm".split())
+REFUSED = set("sum prod int iint oint lim dots ldots cdots vdots bmod pmod mod begin end".split())
 UNITS = {word: names.split()[0] for names in (
     "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
-    "inch inches in", "ft foot feet", "yd yard", "mile mi", "acre", "ml milliliter", "liter litre l",
+    "inch inches in", "ft foot feet", "yd yard", "mile mi", "acre", "ml milliliter", "liter litre l L",
     "gallon gal", "quart", "pint", "cup", "mg milligram", "g gram gm", "kg kilogram", "lb pound", "oz ounce",
-    "ton", "s sec second", "min minute", "hour hr h", "day", "week", "month", "year yr", "cent",
-    "dollar usd buck", "euro", "mph", "am", "pm", "newton n", "joule j", "watt w", "volt v", "hz hertz",
-    "kmh kph", "degree deg") for word in names.split()}
+    "ton", "s sec second", "min minute", "hour hr h", "day", "week", "month", "year yr", "cent", "mph", "am",
+    "$ \\$ dollar usd buck", "€ euro eur", "£ gbp", "¥ yen", "₹ rupee rs", "pm", "N newton", "J joule",
+    "W watt", "V volt", "A amp ampere", "hz hertz", "kmh kph", "C celsius", "F fahrenheit",
+    "K kelvin", "rad radian", "unit", "person people", "child children", "man men", "woman women",
+    ) for word in names.split()}
+KNOWN, CURRENCIES = set(UNITS.values()), ("\\$", "€", "£", "¥", "₹")
 LETTER_UNITS = [("sym", letter) for letter in "smhgL"]
+SCALES = {word: Fraction(scale) for words, scale in (
+    ("dozen", 12), ("hundred", 100), ("thousand", 1000), ("million", 10**6), ("billion", 10**9),
+    ("trillion", 10**12), ("half halve", "1/2"), ("third", "1/3"), ("fourth", "1/4"), ("fifth", "1/5"),
+    ("sixth", "1/6"), ("eighth", "1/8"), ("tenth", "1/10"), ("hundredth", "1/100"), ("thousandth", "1/1000"))
+    for word in words.split()}
+NO_UNIT = re.compile(  # words that do something to a number
+    r"(?i)(?:plus|minus|times|over|by|more|less|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|"
+    r"otherwise|except|without|is|are|was|has|mod|.*teens?|.*[tx]y|ones?|twos?|threes?|.*ths?|percents?|"
+    r".*us|.*ss|powers?|negatives?|quarters?|pairs?)")
 
 
-def tokenize(text: str) -> list[tuple[str, str, bool]]:
+def tokenize(text: str, words: str = "word") -> list[tuple[str, str, bool]]:
     tokens, spaced = [], False
     for match in TOKEN.finditer(text):
         kind, value = match.lastgroup, match[0]
         if kind == "wrapped":
+            tokens[-1:] = [("letter", "mu", False)] if tokens and tokens[-1][1] == "mu" else tokens[-1:]
             tokens += _wrapped(match[2])
         elif kind in ("env", "row"):
             tokens.append(("op", {"b": "begin", "e": "end"}.get(value[1], "row"), spaced))
         elif kind != "skip":
-            tokens.append((kind, value, spaced) if kind == "num" else _named(kind, value, spaced))
+            tokens.append((kind, value, spaced) if kind == "num" else _named(kind, value, spaced, words))
         spaced = kind == "skip"
         if len(tokens) > MAX_TOKENS:
             raise ValueError
     return tokens
 
 
-def _named(kind: str, value: str, spaced: bool) -> tuple[str, str, bool]:
+def _named(kind: str, value: str, spaced: bool, words: str) -> tuple[str, str, bool]:
     """A command, a word or a sign."""
     name = value[1:] if kind == "cmd" and value[1].isalpha() else value
     if not name[0].isalpha() and name not in OPERATORS or name in REFUSED:
@@ -280,28 +289,18 @@ def _named(kind: str, value: str, spaced: bool) -> tuple[str, str, bool]:
         return "fn", name, spaced
     if name in OPERATORS and not (kind == "word" and name in COMMANDS):
         return "op", OPERATORS[name], spaced
-    if kind == "word" and len(name) > 1 and name not in ("pi", "theta"):
-        return "word", name, spaced
+    if kind == "word" and len(name) > 1 and name not in ("pi", "theta", *APPLIED):
+        return words, name, spaced
+    if words == "text" and name in UNITS:
+        return "letter", name, spaced
     return "sym", name.replace("var", "") if kind == "cmd" else name, spaced
 
 
 def _wrapped(content: str) -> list[tuple[str, str, bool]]:
-    r"""The inside of \text{...}: words, or mathematics if it has digits or is one letter; "and" is ","."""
-    if re.search(r"\d", content):
-        return tokenize(content)
-    tokens = []
-    for piece in re.split(r"[,;]|\band\b|\bor\b", content):
-        tokens.append(("op", ",", True))
-        if re.fullmatch(r"\s*\(?[A-Za-z]\)?\s*", piece):
-            tokens += tokenize(piece)
-        elif letters := _letters(piece):
-            tokens.append(("text", letters, True))
-    return tokens[1:]
-
-
-def _letters(text: str) -> str:
-    """Only what counts of a text: `p.m.` and `PM`, `Square  units` and `square units` are the same."""
-    return " ".join(re.findall(r"[^\W_]+|[/^]", text.replace(".", "").casefold()))
+    r"""The inside of \text{...}: words are words there, and letters may be units. Points are not seen."""
+    if not re.search(r"\d", content):
+        content = content.replace(".", "").strip(" -()~")
+    return tokenize(content, "text")
 
 
 # ---- Parser: from tokens to a tree. A node is (kind, child, ...); every child that is a tuple is a node ----
@@ -321,6 +320,19 @@ class Parser:
     def __init__(self, tokens: list):
         self.tokens = tokens + [("end", "", False)] * 3  # so that looking ahead needs no check
         self.at = self.depth = self.bars = 0
+        self.applied = set("fgFG") | APPLIED
+        for at, (kind, value, _) in enumerate(tokens):
+            if kind in ("sym", "word") and self.tokens[at + 1][1] == "(" and not self.holds_sum(at + 1):
+                self.applied.add(value if kind == "sym" else value[-1])
+
+    def holds_sum(self, at: int) -> bool:
+        """Is there a + or - between this bracket and the one that closes it, but for a first sign?"""
+        depth = 0
+        for place, (_, value, _) in enumerate(self.tokens[at : at + 60]):
+            depth += (value in CLOSING) - (value in (")", "]", "}", "\\}"))
+            if depth == 0 or depth == 1 and place > 1 and value in ("+", "-", "pm"):
+                return depth > 0
+        return True
 
     def peek(self, *values: str) -> bool:
         kind, value, _ = self.tokens[self.at]
@@ -363,33 +375,54 @@ class Parser:
 
     def items(self) -> list[tuple]:
         """Relations with commas between; "1, 2, and 3" and a trailing comma are forgiven."""
-        items, more = [], True
+        items, signs, more = [], set(), True
         while more and self.tokens[self.at][0] != "end" and not self.peek(")", "]", "}", "\\}"):
             items.append(self.relation())
-            more = self.take(",")
-            while self.take(","):
-                pass
+            more = items[-1][0] == "unit" and self.tokens[self.at][0] == "num"  # 2 hours 30 minutes
+            while sign := self.take(",", "or"):
+                signs.add(more := sign)
+        if "or" in signs and all(item[0] == "rel" and item[1] != "=" for item in items):
+            return [("union", *items)]
         return items
 
     def relation(self) -> tuple:
-        return self.chain("rel", self.union, "=", "<", ">", "<=", ">=", "ne", "in")
+        kind, value, _ = self.tokens[self.at]
+        if kind == "text" or kind == "word" and len(value) > 3:  # Number of ways = 5
+            label = [value for _, value, _ in itertools.takewhile(lambda t: t[1] != "=", self.tokens[self.at :])]
+            self.at += len(label) + 1
+            if self.at >= len(self.tokens) or {",", "<", ">"} & set(label):
+                raise ValueError
+            return ("rel", "=", ("sym", " ".join(label)), self.union())
+        return self.chain("rel", self.union, "=", "<", ">", "<=", ">=", "ne", "in", "approx")
 
     def union(self) -> tuple:
-        return self.chain("union", self.ratio, "cup")
+        node = self.chain("union", self.ratio, "cup")
+        return ("minus", node, self.ratio()) if self.take("setminus") else node
 
     def ratio(self) -> tuple:
         node = self.chain("ratio", self.sum, ":")
         unit = self.unit()
+        if unit and (names(node) or node[0] == "%"):  # 25% profit
+            raise ValueError
         return ("unit", node, unit) if unit else node
 
     def unit(self) -> str:
-        """Words after a value, as in `5 square inches`, `100 km/h` or `15\\text{ cm}^2`, as text."""
-        words = []
-        while self.tokens[self.at][0] in ("text", "word") or words and (
-                self.tokens[self.at][0] in ("num", "sym") or self.peek("/", "^", "{", "}")):
+        r"""The unit behind a value, as in `5 square inches`, `100 km/h` or `15\text{ cm}^2`: names with powers."""
+        words: list[str] = []
+        while self.tokens[self.at][0] in ("text", "word", "letter") or words and words[-1] in ("*", "/") and (
+                self.tokens[self.at][0] == "sym") or not words and self.peek(*CURRENCIES):
             words.append(self.tokens[self.at][1])
             self.at += 1
-        return _letters(" ".join(word for word in words if word not in "{}"))
+            while sign := self.take("*", "/", "^"):
+                words.append(sign if sign != "^" else "^" + self.whole_exponent())
+        return _unit(words) if words else ""
+
+    def whole_exponent(self) -> str:
+        braced, sign, value = self.take("{"), self.take("-") or "", self.tokens[self.at][1]
+        self.at += 1
+        if braced:
+            self.expect("}")
+        return sign + value
 
     def sum(self) -> tuple:
         return self.chain("add", self.term, "+", "-", "pm", "mp")
@@ -405,18 +438,33 @@ class Parser:
 
     def product(self) -> tuple:
         factors = [self.power()]
-        while (sign := self.take("*", "/")) or self.follows_factor():
-            factor = _signed(self.take("-") if sign else None, self.power())
-            factors.append(("inv", factor) if sign == "/" else factor)
+        while True:
+            kind, value, _ = self.tokens[self.at]
+            if kind in ("text", "word") and (scale := SCALES.get(value.casefold().removesuffix("s"))):
+                self.at += 1
+                factors.append(("num", scale))  # 1.5 million
+            elif (sign := self.take("*", "/")) or self.follows_factor(factors):
+                factor = _signed(self.take("-") if sign else None, self.power())
+                factors.append(("inv", factor) if sign == "/" else factor)
+            else:
+                break
+        matrices = [factor for factor in factors if factor[0] == "matrix"]
+        if len(matrices) == 1 and len(factors) > 1:  # a number times a matrix
+            factors.remove(matrices[0])
+            return ("matrix", *(("row", *(("mul", *factors, cell) for cell in row[1:])) for row in matrices[0][1:]))
         return ("mul", *factors) if len(factors) > 1 else factors[0]
 
-    def follows_factor(self) -> bool:
-        """Does a factor follow without a sign? A number only after a bracket: `x2` is no product."""
+    def follows_factor(self, factors: list) -> bool:
+        """Does a factor follow without a sign? A number only after a bracket, or with a power of its own
+        (n2^{n-1}): `x2` is no product."""
         kind, value, spaced = self.tokens[self.at]
         if kind == "num":
-            return self.tokens[self.at - 1][1] in (")", "}", "!")
+            power = self.tokens[self.at + 1][1] == "^" and self.tokens[self.at + 2][1] != "degree"
+            return power or self.tokens[self.at - 1][1] in (")", "}", "!")
         if kind == "word":  # letters to multiply, unless it is the unit of what came before
-            return UNITS.get(value) is None and not (spaced and len(value) > 3)
+            return UNITS.get(value) is None and (value.isupper() or not (spaced and len(value) > 2))
+        if kind == "letter":
+            return any(map(names, factors))
         return kind in ("sym", "fn") or kind == "op" and (value in STARTERS or value == "|" and not self.bars)
 
     def power(self) -> tuple:
@@ -429,7 +477,13 @@ class Parser:
             elif sign == "^" and self.peek("{") and self.tokens[self.at + 1][:2] == ("op", "degree"):
                 self.at += 2
                 sign = self.expect("}") and "degree"  # 90^{\circ}
-            node = ("pow", node, self.exponent()) if sign == "^" else (sign, node)
+            if sign == "^":
+                exponent = self.exponent()
+                if node[0] == "sym" and self.take("_"):  # x^2_1
+                    node = ("sym", f"{node[1]}_{self.subscript()}")
+                node = ("pow", node, exponent)
+            else:
+                node = (sign, node)
         return node
 
     def exponent(self) -> tuple:
@@ -438,9 +492,7 @@ class Parser:
     def atom(self) -> tuple:
         kind, value, _ = self.tokens[self.at]
         self.at += 1
-        if kind == "text":
-            return ("text", value)
-        rules = {"num": self.number, "sym": self.name, "fn": self.function, "word": self.word}
+        rules = {"num": self.number, "sym": self.name, "letter": self.name, "fn": self.function, "word": self.word}
         return rules.get(kind, self.bracketed)(value)
 
     def bracketed(self, opening: str) -> tuple:
@@ -454,8 +506,8 @@ class Parser:
         if opening == "sqrt":
             root = self.group("[") if self.take("[") else ("num", Fraction(2))
             return ("pow", self.nested(self.atom), ("inv", root))
-        if opening == "\\$":
-            return ("unit", self.power(), "dollar")
+        if opening in CURRENCIES:
+            return ("unit", self.product(), _unit([opening]))
         if opening in AROUND:
             self.bars += opening == "|"
             node = ("abs" if opening == "|" else opening, self.sum())
@@ -469,7 +521,11 @@ class Parser:
 
     def group(self, opening: str) -> tuple:
         bars, self.bars = self.bars, 0
-        items, closing = self.items(), self.expect(*CLOSING[opening])
+        items = self.items()
+        if opening == "{" and len(items) == 1 and (sign := self.take("over", "choose")):
+            below = self.sum()
+            items = [("mul", items[0], ("inv", below)) if sign == "over" else ("binom", items[0], below)]
+        closing = self.expect(*CLOSING[opening])
         self.bars = bars
         if opening == "\\{" or opening == "{" and len(items) > 1:
             return ("set", *items) if items else ("emptyset",)
@@ -478,13 +534,17 @@ class Parser:
         return ("seq", opening + closing, *items) if len(items) > 1 else items[0]
 
     def matrix(self) -> tuple:
+        """Rows, one below the other. A system of equations is a list of them."""
         rows, row, sign = [], [], ""
         while sign != "end":
             if not self.peek("&", "row", "end"):
                 row.append(self.relation())
+                self.take(",")
             sign = self.expect("&", "row", "end")
             if sign != "&" and row:
                 rows, row = [*rows, ("row", *row)], []
+        if all(len(row) == 2 and row[1][0] == "rel" for row in rows):
+            return ("list", *(row[1] for row in rows))
         return ("matrix", *rows)
 
     def argument(self) -> tuple:
@@ -518,9 +578,23 @@ class Parser:
         return Fraction(int(top), int(bottom))
 
     def name(self, name: str) -> tuple:
+        """A variable, or a function of the kind f(x): an unknown of its own for each argument."""
         while mark := self.take("_", "'"):
             name += "_" + self.subscript() if mark == "_" else mark
-        return ("sym", name)
+        if self.peek("^") and self.tokens[self.at + 1][1] == "*":  # x^*
+            self.at += 2
+            name += "*"
+        if name[0] in "fgFG" and self.take("^"):
+            power = self.exponent()
+            if not self.peek("("):
+                return ("pow", ("sym", name), power)
+            name += str(power)
+        if not self.peek("(") or name in CONSTANTS or not {name, name[0]} & self.applied:
+            return ("sym", name)
+        self.take("(")
+        arguments = self.nested(self.items)
+        self.expect(")")
+        return ("apply", name, *arguments)
 
     def subscript(self) -> str:
         ahead = [value for _, value, _ in self.tokens[self.at :]]
@@ -530,9 +604,12 @@ class Parser:
         return " ".join(ahead[1:end]) if braced else ahead[0]
 
     def word(self, word: str) -> tuple:
-        """Letters without a space: a product (`xy`), unless it looks like a word or name (`east`, `CBAD`)."""
+        """Letters without a space: a product (`xy`), or the name of a figure (`ABC`). Other words are text."""
+        if len(word) > 2 and word.isupper():
+            currency = self.tokens[self.at][0] == "num" and UNITS.get(word.casefold())  # USD 5
+            return ("unit", self.power(), _unit([word])) if currency else ("sym", word)
         if len(word) > 4 or len(word) > 2 and not word.islower():
-            return ("text", word.casefold())
+            raise ValueError
         self.tokens[self.at - 1 : self.at] = [("sym", letter, False) for letter in word]
         return self.name(word[0])
 
@@ -545,11 +622,34 @@ class Parser:
             argument = self.nested(self.atom)
         else:  # \sin 2x \cos x: everything up to the next function, bracket or sign
             factors = [_signed(self.take("-"), self.power())]
-            while self.follows_factor() and self.tokens[self.at][0] != "fn" and not self.peek("(", "begin"):
+            while self.follows_factor(factors) and self.tokens[self.at][0] != "fn" and not self.peek("(", "begin"):
                 factors.append(self.power())
             argument = ("mul", *factors)
         node = ("call", name, argument, base) if base else ("call", name, argument)
         return ("pow", node, power) if power else node
+
+
+def _unit(words: list[str]) -> str:
+    """Its names with their powers: ["m", "s", "^-1"] and ["m", "/", "s"] are "m1 s-1". Known ones, or at least a
+    plural, as what is counted is (`5 students`); ValueError for words that may change the value (`5 squared`)."""
+    powers: dict[str, int] = {}
+    sign, square, name = 1, 1, ""
+    for word in words:
+        if word in ("*", "/", "per"):
+            sign = 1 if word == "*" else -1
+        elif word in ("square", "sq", "cubic"):
+            square = 3 if word == "cubic" else 2
+        elif word[0] == "^":
+            powers[name] *= int(word[1:])
+        else:
+            lower = word.casefold()
+            name = UNITS.get(word) or UNITS.get(lower) or UNITS.get(lower.removesuffix("s")) or lower
+            powers[name] = powers.get(name, 0) + sign * square
+            sign = square = 1
+    unknown = [name for name in powers if name not in KNOWN]
+    if not powers or any(map(NO_UNIT.fullmatch, unknown)) or unknown and name in unknown and name[-1] != "s":
+        raise ValueError
+    return " ".join(f"{name}{power}" for name, power in sorted(powers.items()))
 
 
 def _num(digits: str) -> tuple:
@@ -566,14 +666,14 @@ def _signed(sign: str | None, node: tuple) -> tuple:
 
 
 @functools.lru_cache(maxsize=512)  # a gold answer is compared with many responses
-def parse(text: str, thousands: bool = True) -> tuple | None:
-    """The tree of an answer, or None if it is not in the language."""
+def parse(text: str) -> tuple | None:
+    """The tree of an answer, or None if it is not in the language: then it is text."""
     try:
         text = GROUPED.sub("", text)
-        if thousands and not re.search(r"[(\[]|\\{", text):  # in (1,234) there are two numbers
+        if not re.search(r"[(\[]|\\{", text):  # in (1,234) there are two numbers
             text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
         return Parser(tokenize(text)).answer()
-    except (ValueError, RecursionError):  # how the parser says so
+    except (ValueError, KeyError, RecursionError):  # how the parser says so
         return None
 
 
@@ -667,6 +767,8 @@ def value(node: tuple, work: Work):
         return settled(value(node[1], work) * (work.percent if kind == "%" else work.degree), work)
     if kind == "call":
         return call(node, work)
+    if kind == "apply":
+        return applied(node[1], [value(child, work) for child in node[2:]], work)
     if kind in ("!", "binom"):
         return counting(kind, [exact(value(child, work)) for child in node[1:]], work)
     raise ArithmeticError  # a set, a text, infinity, ...
@@ -679,6 +781,8 @@ def power(base, exponent, work: Work):
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
         if not base and exponent <= 0 or size > 1 and size * abs(exponent) > MAX_BITS:
             raise ArithmeticError
+        if not base:
+            return ZERO
         # ±1 to a huge power is the one case that would get past the size check
         return settled(base ** (int(exponent) if size > 1 else int(exponent) % 2), work)
     if is_whole and abs(exponent) <= 12:
@@ -709,74 +813,174 @@ def counting(kind: str, arguments: list[Fraction], work: Work) -> Fraction:
     return Fraction(math.factorial(n) if kind == "!" else math.comb(n, k))
 
 
+ARCS = {"arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan, "arccot": lambda x: MP.pi / 2 - MP.atan(x),
+        "arcsec": lambda x: MP.acos(1 / x), "arccsc": lambda x: MP.asin(1 / x)}
+
+
+def applied(name: str, arguments: list, work: Work):
+    """max and min; any other function is an unknown that depends on its arguments, scattered by a checksum."""
+    if name in ("max", "min") and not any(x.imag for x in arguments):
+        return (max if name == "max" else min)(arguments)
+    if name == "gcd" or name == "lcm":
+        return Fraction(getattr(math, name)(*(exact(x).numerator for x in arguments)))
+    digits = [x if isinstance(x, Fraction) else MP.nstr(x, 30) for x in arguments]
+    work.spend(20)
+    return Fraction(zlib.crc32(f"{name} {work.names[name + '(']} {digits}".encode()), 2**29) + 1
+
+
 def call(node: tuple, work: Work):
     """Elementary functions. A sine or cosine that is tiny beside its argument is noise: sin 2π is 0."""
     name = node[1]
-    circular = name in ("sin", "cos", "tan", "cot", "sec", "csc")
+    circular = name in ("sin", "cos", "tan", "cot", "sec", "csc", "cis")
     degree, work.degree = work.degree, MP.pi / 180 if circular else work.degree
     x = MP.convert(value(node[2], work))
     work.degree = degree
-    if name == "exp" and len(node) == 3:
-        return power(CONSTANTS["e"], x, work)
+    if name in ("exp", "cis") and len(node) == 3:
+        return power(CONSTANTS["e"], x if name == "exp" else x * CONSTANTS["i"], work)
     work.spend(60)
     if name in ("log", "lg", "ln"):
         base = value(node[3], work) if len(node) > 3 else CONSTANTS["e"] if name == "ln" else MP.mpf(10)
         if not x or not base:
             raise ArithmeticError
         return settled(MP.ln(x) / MP.ln(MP.convert(base)), work)
-    arcs = {"arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan}
-    if name in arcs and len(node) == 3 and not (name == "arctan" and x * x == -1):
-        return settled(arcs[name](x), work)
-    angle, size = (x.real, x.imag) if circular else (x.imag, x.real)
-    if len(node) > 3 or name.startswith("arc") or abs(angle) > ANGLE_LIMIT or abs(size) > EXP_LIMIT:
+    if name in ARCS and len(node) == 3 and not (name == "arctan" and x * x == -1):
+        return settled(ARCS[name](x), work)
+    if len(node) > 3 or not circular or abs(x.real) > ANGLE_LIMIT or abs(x.imag) > EXP_LIMIT:
         raise ArithmeticError
-    both = (MP.sin(x), MP.cos(x)) if circular else (MP.sinh(x), MP.cosh(x))
-    sin, cos = (y if MP.mag(y) > MP.mag(x) + NOISE else MP.zero for y in both)
+    sin, cos = (y if MP.mag(y) > MP.mag(x) + NOISE else MP.zero for y in (MP.sin(x), MP.cos(x)))
     table = {"sin": (sin, 1), "cos": (cos, 1), "tan": (sin, cos), "cot": (cos, sin), "sec": (1, cos)}
-    top, bottom = table.get(name.rstrip("h"), (1, sin))  # what is left is csc
+    top, bottom = table.get(name, (1, sin))  # what is left is csc
     return settled(top / bottom, work)
 
 
 # ---- Equality: texts, then the rules of `same` for trees ---------------------------------------------------
 
 
+REWRITTEN = [(re.compile(pattern), new) for pattern, new in (
+    (r"\^\s*\{?\\prime\}?", "'"), (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1].lower()}m"),  # 4:30 P.M.
+    (r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase (\d+)\)?\s*\}?", r"_{\1}"), (r"\\text\s*\{\s*out of\s*\}|\bout of\b", "/"),
+    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: _repeating(*m.groups())),
+    (r"(?i)^(?:\\text\s*\{)?(?:the set of )?all real(?: number)?s\}?$", r"\\mathbb{R}"),
+    (r"(?i)^(?:\\text\s*\{)?no solutions?\}?$", r"\\emptyset"),
+    (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
+    (r"\\(?:mathbf|vec|hat|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r"{\\vec\1}"),
+    (r"^\\\{\s*[a-z]\s*(?:\\in\s*\(-\\infty,\\infty\))?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 2}
+    (r"(.)[,\s]*\(?\s*\b[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", r"\1"),  # k ∈ Z
+)]
+LABEL = re.compile(r"(?i)(\\text\s*\{)?\s*(?:the |my )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?:?\s*(?(1)\})"
+    r"(?=.)(?!\s*=)|\s*(?:=|\\approx|\\sim|\\therefore)")
+TAIL = re.compile(r"(?:[,;:! ]\\|dauqq?\\|[~\s.,:;])*")  # backwards
+
+
 def clean(text: str) -> str:
-    """Without the wrapping: boxes, dollars, bold, the final stop."""
-    text = unicodedata.normalize("NFKC", text.translate(UNICODE)) if not text.isascii() else text
+    """Without the wrapping: boxes, dollars, bold, what only says that it is the answer, the final stop."""
+    if not text.isascii():
+        text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0]}}}", re.sub("[₀-₉]+", lambda m: f"_{{{m[0]}}}", text))
+        text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{%s}{%s}" % (*unicodedata.normalize("NFKC", m[0]).split("⁄"),), text)
+        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
     text = re.sub(r"(?s)\\(?:boxed|fbox)\s*\{(.*)\}", r"\1", text.removeprefix("**").removesuffix("**"))
-    text = re.sub(r"\^\s*\{?\\prime\}?", "'", text)
-    text = re.sub(r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1]}m".lower(), text)  # 4:30 P.M.
-    if whole := re.fullmatch(r"\s*\$+([^$]*[^$\\])\$+[\s.,:;]*", text):
-        text = whole[1]  # "$43_5.$": the stop inside is one too
-    return re.sub(r"^\s*(?:=|\\approx)", "", text).strip().rstrip(".,:; ").strip()
+    text = text.strip()
+    if whole := re.fullmatch(r"\$+([^$]*[^$\\])\$+[\s.,:;]*|\\[\[(](.*)\\[\])]|" + WRAPPER, text, re.S):
+        text = whole[whole.lastindex]  # "$43_5.$": the stop inside is one too
+    text = text[: len(text) - len(TAIL.match(text[::-1])[0])].strip()
+    if not text.isdigit():
+        text = text[label.end() :] if (label := LABEL.match(text)) else text
+        for pattern, new in REWRITTEN:
+            text = pattern.sub(new, text)
+    return text.strip()
 
 
-def readings(text: str) -> tuple[str, str, str]:
-    r"""Three forms of an answer, each enough to be equal: its text without what LaTeX does not show; its
-    letters if it is words; its letter if it is a choice: `C`, `(C)`, `\text{(C)}`, `C) 12`, `C Cecile`."""
+def _repeating(whole: str, start: str, digits: str) -> str:
+    r"""0.1\overline{6} as a fraction."""
+    nines = "9" * len(digits) + "0" * len(start)
+    return rf"({int(whole + start + digits) - int(whole + start or 0)}/{nines})"
+
+
+def visible(text: str) -> str:
+    r"""An answer as text, without what LaTeX does not show. `Even` and `even`, `No` and `no` are the same, but
+    not `AB` and `ab`."""
     text = re.sub(WRAPPER, r" \1 ", text)
-    key = " ".join(re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;!:]|\$", "", text).split())
-    key = re.sub(r"(?<!\d) +| +(?!\d)", "", key)
-    words = text.strip(" ()")
-    is_words = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[ .,'&-])+[^\W\d_]", words)
-    choice = re.fullmatch(r"\(?([A-Z])(?:\)?|\s*[).:]\s*\S.*|\s[A-Z][a-z]+)", text.strip(), re.S)
-    return key, _letters(words) if is_words else "", choice[1] if choice else ""
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;!:]|\$|~", " ", text)
+    text = re.sub(r"\b(?:[A-Z][a-z]{2,}|No)\b", lambda m: m[0].lower(), text)
+    return re.sub(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", "", " ".join(text.split()))
+
+
+def same_choice(answer: str, gold: str) -> bool:
+    """The same letter, at least once alone: `C`, `(C)`, `C) 12`, `C Cecile`, or c for the gold C."""
+    letters = []
+    for text in (answer, gold):
+        text = re.sub(WRAPPER, r"\1", text).strip()
+        choice = re.fullmatch(r"\(?([A-Z])(?:\)?|\s*[).]\s*\S.*|:\s[^=]*|\s[A-Z][a-z]+)", text, re.S)
+        letters.append((choice[1] if choice else text.strip("()"), len(text.strip("()")) == 1))
+    (letter, alone), (gold_letter, gold_alone) = letters
+    is_one = gold_alone and gold_letter in "ABCDEFGHIJ" and letter == gold_letter.lower()
+    return is_one or letter == gold_letter and (alone or gold_alone)
+
+
+def is_prose(text: str) -> bool:
+    """Nothing but words, one of three letters at least: a word is no product of its letters."""
+    words = re.findall(r"[A-Za-z]{3,}", text)
+    return bool(re.fullmatch(r"[A-Za-z' .,-]+", text)) and not FUNCTIONS | {"and", "sqrt"} >= set(words)
+
+
+def _bare(a: tuple, gold: tuple) -> tuple:
+    """3s as 3, m+n=371 as 371: only in an answer, where the gold is known to be no equation nor variable."""
+    if a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and a[2] in LETTER_UNITS and not names(gold):
+        return ("unit", a[1], _unit([a[2][1]]))
+    if a[:2] == ("rel", "=") and len(a) == 4 and "rel" not in kinds(gold) and names(a[2]) and not names(a[3]):
+        return a if {"num", "pow", "call"} & kinds(a[2]) else a[3]
+    return a
 
 
 @functools.lru_cache(maxsize=2048)
 def names(node: tuple) -> frozenset[str]:
     """The variables of a tree."""
-    own = {node[1]} - CONSTANTS.keys() if node[0] == "sym" else ()
+    own = {node[1]} - CONSTANTS.keys() if node[0] == "sym" else {node[1] + "("} if node[0] == "apply" else ()
     return frozenset(own).union(*(names(child) for child in node[1:] if isinstance(child, tuple)))
 
 
-def has(node: tuple, kind: str) -> bool:
-    return node[0] == kind or any(has(child, kind) for child in node[1:] if isinstance(child, tuple))
+@functools.lru_cache(maxsize=2048)
+def kinds(node: tuple) -> frozenset[str]:
+    """The kinds of nodes in a tree; with them "i", "root" (of even degree) and "sign" (a power of -1)."""
+    own = {node[0]}
+    if node == ("sym", "i"):
+        own = {"i"}
+    elif node[0] == "inv" and node[1][0] == "num" and node[1][1] % 2 == 0:
+        own = {"inv", "root"}
+    elif node[0] == "pow" and node[1][0] == "neg" and not names(node[1]) and names(node[2]):
+        own = {"pow", "sign"}
+    return frozenset(own).union(*(kinds(child) for child in node[1:] if isinstance(child, tuple)))
+
+
+def assignments(node: tuple) -> dict | None:
+    """{name: value} of `x=2, y=3` or `(x,y)=(2,3)`; None of anything else."""
+    pairs = []
+    if node[:2] == ("rel", "=") and len(node) == 4 and node[2][0] == node[3][0] == "seq":
+        pairs = list(zip(node[2][2:], node[3][2:])) if len(node[2]) == len(node[3]) else []
+    elif node[0] == "list" and all(child[:2] == ("rel", "=") and len(child) == 4 for child in node[1:]):
+        pairs = [child[2:] for child in node[1:]]
+    found = dict(pairs)
+    is_one = len(found) == len(pairs) > 1 and all(name[0] == "sym" and name[1] not in CONSTANTS for name in found)
+    return {name[1]: found[name] for name in sorted(found)} if is_one else None
+
+
+def same_assignments(a: tuple, b: tuple, work: Work) -> bool | None:
+    """Values with names: the same names; values without, in the order of the names."""
+    left, right = assignments(a), assignments(b)
+    if left is None and right is None:
+        return None
+    if left is not None and right is not None:
+        return left.keys() == right.keys() and all(same(left[name], right[name], work) for name in left)
+    values, other = (left, b) if right is None else (right, a)
+    items = other[2:] if other[0] == "seq" and other[1] == "()" else other[1:] if other[0] == "list" else ()
+    return len(items) == len(values) and all(same(x, y, work) for x, y in zip(values.values(), items))
 
 
 def same_sets(a: tuple, b: tuple, work: Work) -> bool | None:
     """Intervals, unions, inequalities in one variable, as sorted lists of pieces of the real line."""
     if not (_is_real_set(a) or _is_real_set(b)) or a[0] == b[0] == "rel" and "in" not in (a[1], b[1]):
+        return None
+    if len(names(a) | names(b)) > 1:
         return None
     pieces = segments(a, work), segments(b, work)
     return None if None in pieces else pieces[0] == pieces[1]
@@ -784,7 +988,10 @@ def same_sets(a: tuple, b: tuple, work: Work) -> bool | None:
 
 def _is_real_set(node: tuple) -> bool:
     an_interval = node[0] == "seq" and len(node) == 4 and node[1] != "()"
-    return an_interval or node[0] in ("union", "emptyset") or node[0] == "rel" and node[1] != "="
+    if node[0] == "list":
+        return all(child[0] == "rel" and _is_real_set(child) for child in node[1:])
+    return an_interval or node[0] in ("union", "minus", "emptyset") or node[0] == "rel" and not (
+        {"=", "approx"} & set(node[1].split()))
 
 
 def segments(node: tuple, work: Work) -> list | None:
@@ -792,10 +999,13 @@ def segments(node: tuple, work: Work) -> list | None:
     node = _solved(node) if node[0] == "rel" else node
     if node[0] == "set":
         node = ("union", *(("seq", "[]", child, child) for child in node[1:]))  # points
-    if node[0] in ("union", "list", "emptyset"):
+    if node[0] in ("union", "list", "minus", "emptyset"):
         parts = [segments(child, work) for child in node[1:]]
         if None in parts:
             return None
+        if node[0] == "minus":  # the real line without points
+            gaps = [[(-MP.inf, True, low, False), (low, True, MP.inf, False)] for low, *_ in parts[1]]
+            return functools.reduce(_intersection, gaps, parts[0])
         pieces = sum(parts, [])
     elif node[0] == "seq" and len(node) == 4:
         low, high = _end(node[2], work), _end(node[3], work)
@@ -807,12 +1017,18 @@ def segments(node: tuple, work: Work) -> list | None:
     merged: list = []
     for piece in sorted(pieces):
         if merged and piece[:2] <= merged[-1][2:]:  # touches or overlaps the one before
-            if node[0] == "list":  # "x < 1, x < 3": no union was meant
-                return None
+            if node[0] == "list":  # "x > -2, x < 3": all of it holds
+                return functools.reduce(_intersection, parts)
             low, missing, high, there = merged.pop()
             piece = (low, missing, *max((high, there), piece[2:]))
         merged.append(piece)
     return merged
+
+
+def _intersection(left: list, right: list) -> list:
+    pieces = [(*max(x[:2], y[:2]), *min(x[2:], y[2:])) for x in left for y in right]
+    return [(low, missing, high, there) for low, missing, high, there in sorted(pieces)
+            if low < high or low == high and there and not missing]
 
 
 def _solved(relation: tuple) -> tuple:
@@ -820,6 +1036,14 @@ def _solved(relation: tuple) -> tuple:
     signs, operands = relation[1].split(), relation[2:]
     if signs == ["in"] and _is_name(operands[0]):
         return operands[1]
+    if signs == ["ne"] and _is_name(operands[0]):
+        return ("minus", ("seq", "()", ("neg", ("inf",)), ("inf",)), ("set", operands[1]))
+    if len(operands) == 2 and operands[0][0] == "abs" and signs[0] in ("<", "<=", ">", ">="):  # |x| < 2
+        inside, sign = operands[0][1], signs[0]
+        if "<" in sign:
+            return _solved(("rel", f"{sign} {sign}", ("neg", operands[1]), inside, operands[1]))
+        outside = ("rel", sign.replace(">", "<"), inside, ("neg", operands[1])), ("rel", sign, inside, operands[1])
+        return ("union", *map(_solved, outside))
     if signs[0] in (">", ">="):
         signs, operands = [sign.replace(">", "<") for sign in reversed(signs)], operands[::-1]
     if len(operands) == 2 and _is_name(operands[0]):
@@ -846,9 +1070,11 @@ def _end(node: tuple, work: Work):
 
 
 def _is_name(node: tuple) -> bool:
-    r"""Does it only name something: x, AB, f(x), |AB|, V_1:V_2, \frac{AO}{BO}, (x, y), \text{Area}?"""
-    if node[0] in ("sym", "text"):
+    r"""Does it only name something: x, AB, f(2), |AB|, \angle ABC, V_1:V_2, \frac{AO}{BO}, (x, y)?"""
+    if node[0] in ("sym", "apply"):
         return True
+    if node[0] == "mul" and any(child[0] == "sym" and len(child[1]) == 1 and child[1].islower() for child in node[1:]):
+        return False  # xy = 5 is an equation
     inner = [child for child in node[1:] if isinstance(child, tuple)]
     return node[0] in ("mul", "inv", "abs", "ratio", "seq") and all(_is_name(child) for child in inner)
 
@@ -871,7 +1097,7 @@ def members(node: tuple) -> list[tuple] | None:
     if node[0] in ("list", "set", "emptyset"):
         nested = [members(child) if child[0] != "set" else [child] for child in node[1:]]
         return [item for child, inner in zip(node[1:], nested) for item in inner or [child]]
-    return [_signs_chosen(node, 1), _signs_chosen(node, -1)] if has(node, "pm") else None
+    return [_signs_chosen(node, 1), _signs_chosen(node, -1)] if "pm" in kinds(node) else None
 
 
 def _signs_chosen(node, sign: int):
@@ -895,24 +1121,54 @@ def matched(left: Iterable, right: Iterable, equal: Callable) -> bool:
 def same_relations(a: tuple, b: tuple, work: Work) -> bool | None:
     if a[0] != "rel" and b[0] != "rel":
         return None
-    if a[0] == "rel" and b[0] == "rel":
-        if matched(_links(a), _links(b), lambda x, y: x[0] == y[0] and proportional(*x, y[1], work)):
+    left, right = defined(a, work), defined(b, work)
+    if a[0] == b[0] == "rel":
+        if matched(_links(a), _links(b), lambda x, y: same_links(x, y, work)):
             return True
+        if None in (left, right):
+            return False
         # f(x) = 2x and y = 2x define the same, x = 5 and y = 5 do not
-        named = a[1] == b[1] == "=" and _is_name(a[2]) and _is_name(b[2])
-        return named and not (a[2][0] == b[2][0] == "sym") and same(a[3], b[3], work)
-    relation, other = (a, b) if a[0] == "rel" else (b, a)
-    is_name, all_equal = _is_name(relation[2]), set(relation[1].split()) == {"="}
-    defines = is_name and relation[1] == "in" or all_equal and (is_name or not names(relation[2]))
-    return defines and same(relation[-1], other, work)
+        one_y = ("sym", "y") in (left[0], right[0]) and "apply" in (left[0][0], right[0][0])
+        return (left[0] == right[0] or one_y) and same(left[1], right[1], work)
+    definition, other = (left, b) if a[0] == "rel" else (right, a)
+    return definition is not None and same(definition[1], other, work)
 
 
-def _links(relation: tuple) -> Iterator[tuple[str, tuple]]:
-    """Every sign of a chain with the difference of its sides, turned so that > does not occur."""
+def defined(relation: tuple, work: Work) -> tuple[tuple, tuple] | None:
+    r"""(name, value) of x = 5, of \frac{10}{2} = 5, of 2\sqrt{2} \approx 2.83; None of an equation, 5 = 6 or 5 ≈ 7."""
+    if relation[0] != "rel":
+        return None
+    signs, sides = relation[1].split(), relation[2:]
+    if signs[-1] == "approx":
+        work.names = {}
+        exact_one, rounded = (value(side[1] if side[0] == "unit" else side, work) for side in sides[-2:])
+        if abs(exact_one - rounded) > abs(exact_one) / 10:
+            return None
+        signs, sides = signs[:-1], sides[:-1]
+    if signs and set(signs) != {"="} and signs != ["in"]:
+        return None
+    if _is_name(sides[-1]) and not _is_name(sides[0]):
+        sides = sides[::-1]
+    name, sides = (sides[0], sides[1:]) if _is_name(sides[0]) and len(sides) > 1 else (("none",), sides)
+    if name == ("none",) and names(sides[0]) or not all(same(sides[-1], side, work) for side in sides[:-1]):
+        return None
+    return name, sides[-1]
+
+
+def _links(relation: tuple) -> Iterator[tuple]:
+    """Every sign of a chain with its sides, turned so that > does not occur."""
     for sign, left, right in zip(relation[1].split(), relation[2:], relation[3:]):
-        if ">" in sign:
-            sign, left, right = sign.replace(">", "<"), right, left
-        yield sign, ("add", left, ("neg", right))
+        yield (sign.replace(">", "<"), right, left) if ">" in sign else (sign, left, right)
+
+
+def same_links(a: tuple, b: tuple, work: Work) -> bool:
+    """With variables by the difference of the sides, without side by side."""
+    (sign, *left), (other_sign, *right) = a, b
+    if sign != other_sign:
+        return False
+    if any(map(names, left)) and sign != "approx":
+        return proportional(sign, *(("add", x, ("neg", y)) for x, y in (left, right)), work)
+    return all(same(x, y, work) for x, y in zip(left, right))
 
 
 def proportional(sign: str, a: tuple, b: tuple, work: Work) -> bool:
@@ -929,14 +1185,12 @@ def proportional(sign: str, a: tuple, b: tuple, work: Work) -> bool:
 
 
 def same_shapes(a: tuple, b: tuple, work: Work) -> bool | None:
-    """Tuples, matrices, ratios, texts."""
-    kinds = {a[0], b[0]}
-    if len(kinds) == 1 and a[0] in ("ratio", "seq", "matrix", "row"):
+    """Tuples, matrices, ratios."""
+    both = {a[0], b[0]}
+    if len(both) == 1 and a[0] in ("ratio", "seq", "matrix", "row"):
         return len(a) == len(b) and all(
             same(x, y, work) if isinstance(x, tuple) else x == y for x, y in zip(a[1:], b[1:]))
-    if "ratio" in kinds and len(ratio := a if a[0] == "ratio" else b) == 3:
-        return same(("mul", ratio[1], ("inv", ratio[2])), b if ratio is a else a, work)
-    return False if kinds & {"seq", "matrix", "text", "based", "inf", "ratio", "emptyset"} else None
+    return False if both & {"seq", "matrix", "based", "inf", "ratio", "emptyset"} else None
 
 
 def same_units(a: tuple, b: tuple, work: Work) -> bool | None:
@@ -948,20 +1202,7 @@ def same_units(a: tuple, b: tuple, work: Work) -> bool | None:
 
 
 def unit_of(node: tuple) -> str | None:
-    """5 `sq. inches`, 5 `inch^2` → inch^2; None without a unit, or if a word only says what is counted."""
-    if node[0] != "unit":
-        return node[0] if node[0] in ("%", "degree") else None
-    unit, power = "", ""
-    for word in re.findall(r"[a-z]+|\d+|[/^]", node[2].replace(" per ", "/")):
-        if word in ("square", "sq", "cubic", "cu"):
-            power = "^2" if word[0] == "s" else "^3"
-        elif not word.isalpha():
-            unit += word
-        elif name := UNITS.get(word) or UNITS.get(word.removesuffix("s")):
-            unit, power = unit + name + power, ""
-        else:
-            return None
-    return unit
+    return node[2] if node[0] == "unit" else node[0] if node[0] in ("%", "degree") else None
 
 
 def tolerance(a: tuple, b: tuple):
@@ -971,22 +1212,49 @@ def tolerance(a: tuple, b: tuple):
     return MP.mpf(10) ** (1 - max(digits)) if digits and max(digits) >= 14 else CLOSE
 
 
-def samples(a: tuple, b: tuple, work: Work):
-    """Pairs of values of two trees at three points of fractions, three of whole, three of negative numbers.
-    At negative ones only real values: branches of roots and logarithms differ there between equal forms."""
+WHOLE = [*range(1, 21), 24, 25, 26, 27, 30, 31, 32, 33, 35, 36, 37, 48, 49, 50, 63, 64, 65, 80, 81, 82, 99, 100, 101,
+         127, 128, 129, 1000, 1023, 1024, 1025]  # both sides of squares, powers of two, multiples
+
+
+def samples(a: tuple, b: tuple, work: Work) -> Iterator[tuple]:
+    """Pairs of values of two trees; real ones if there is a variable and no i, as branches of roots and
+    logarithms differ between equal forms. A tree without variables has one."""
     both = sorted(names(a) | names(b))
-    for point in range(9 if both else 1):
-        work.names, work.degree = {}, ONE
-        for k, name in enumerate(both):  # scattered by Knuth's constant: no simple relation between names
-            scattered = (point * 7919 + k * 104_729 + 12_345) * 2_654_435_761 % 2**32 >> 12
-            fraction = Fraction(1 + scattered % 40, 11 if point < 3 else -13)
-            work.names[name] = Fraction(2 + scattered % 23) if 3 <= point < 6 else fraction
+    is_real = both and "i" not in kinds(a) | kinds(b)
+    for point in points(a, b, both):
+        work.names, work.degree = dict(zip(both, point)), ONE
         try:
             x, y = value(a, work), value(b, work)
         except (ArithmeticError, KeyError):
             continue
-        if point < 6 or not x.imag and not y.imag:
+        if not is_real or not x.imag and not y.imag:
             yield x, y
+
+
+def points(a: tuple, b: tuple, both: list[str]) -> Iterator[list[Fraction]]:
+    """Three points below 1, three more of fractions, three whole, three negative. Where a tree has a step, a
+    sign or a bend: on both sides of whole numbers, of the numbers in the trees, and far away."""
+    every, bends = kinds(a) | kinds(b), sorted(numbers(a) | numbers(b))[:12]
+    is_stepped = bool(every & {"lfloor", "lceil", "sign"}) and bool(both)
+    for point in range(12 if both else 1):
+        scattered = [(point * 7919 + k * 104_729 + 12_345) * 2_654_435_761 % 2**32 >> 12 for k in range(len(both))]
+        small = [Fraction(1 + x % 10 if point < 3 else 1 + x % 40, 11 if point < 6 else -13) for x in scattered]
+        mixed = [Fraction(2 + x % 23) if 6 <= point < 9 or is_stepped and name[0] in "ijklmnpqrMNK" else y
+                 for x, y, name in zip(scattered, small, both)]
+        yield mixed
+    if not both or not is_stepped and not every & {"abs", "root", "apply"}:
+        return
+    near = [sign * number + side for number in (*bends, *(WHOLE if is_stepped else (1000, 10**6)))
+            for sign in (1, -1) for side in (Fraction(-1, 7), ZERO, Fraction(1, 7))]
+    for point in range(len(WHOLE) if is_stepped else len(near)):
+        yield [Fraction(WHOLE[point * (2 * k + 1) % len(WHOLE)]) if is_stepped and name[0] in "ijklmnpqrMNK"
+               else near[point * (2 * k + 1) * 5 % len(near)] for k, name in enumerate(both)]
+
+
+@functools.lru_cache(maxsize=512)
+def numbers(node: tuple) -> frozenset[Fraction]:
+    own = {node[1]} if node[0] == "num" and abs(node[1]) < 10**12 else ()
+    return frozenset(own).union(*(numbers(child) for child in node[1:] if isinstance(child, tuple)))
 
 
 # ---- Evaluation of checkpoints. torch is imported only here, so that `import verify` stays light -----------
