@@ -107,7 +107,7 @@ def same(a: tuple, b: tuple, work: "Work") -> bool:
     work.spend(5)
     if a == b:
         return True
-    for rule in (same_assignments, same_sets, same_lists, same_relations, same_shapes, same_units):
+    for rule in (same_assignments, same_sets, same_lists, same_relations, same_units, same_shapes):
         if (verdict := rule(a, b, work)) is not None:
             return verdict
     return same_values(a, b, work)
@@ -218,7 +218,7 @@ def _first_answer(text: str) -> str | None:
 UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’µ", "****//---''μ") | str.maketrans({"≤": "<=", "⩽": "<=", "≥": ">=",
     "⩾": ">=", "≠": r"\ne ", "≈": r"\approx ", "π": r"\pi ", "θ": r"\theta ", "μ": r"\mu ", "∞": r"\infty ",
     "°": r"\degree ", "º": r"\degree ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
-    "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "ℝ": r"\mathbb{R}", "∖": r"\setminus "})
+    "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "¢": " cent", "ℝ": r"\mathbb{R}", "∖": r"\setminus "})
 WRAPPER = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|math(?:rm|bf|it|sf)|operatorname|bold)\s*\{([^{}]*)\}"
 TOKEN = re.compile(rf"(?P<wrapped>{WRAPPER})"
     r"|(?P<env>\\(?:begin|end)\s*\{(?:[pbB]?matrix|array|cases|aligned)\}(?:\{[lcr| ]*\})?)"
@@ -240,27 +240,22 @@ OPERATORS = {word: names.split()[0] for names in (
 COMMANDS = set("in le ne ge lt gt frac cup pm over choose".split())  # operators only behind a backslash
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc log ln lg exp cis".split())
 APPLIED = set("max min gcd lcm".split())
-REFUSED = set("sum prod int iint oint lim dots ldots cdots vdots bmod pmod mod begin end".split())
-UNITS = {word: names.split()[0] for names in (
-    "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
-    "inch inches in", "ft foot feet", "yd yard", "mile mi", "acre", "ml milliliter", "liter litre l L",
-    "gallon gal", "quart", "pint", "cup", "mg milligram", "g gram gm", "kg kilogram", "lb pound", "oz ounce",
-    "ton", "s sec second", "min minute", "hour hr h", "day", "week", "month", "year yr", "cent", "mph", "am",
-    "$ \\$ dollar usd buck", "€ euro eur", "£ gbp", "¥ yen", "₹ rupee rs", "pm", "N newton", "J joule",
-    "W watt", "V volt", "A amp ampere", "hz hertz", "kmh kph", "C celsius", "F fahrenheit",
-    "K kelvin", "rad radian", "unit", "person people", "child children", "man men", "woman women",
+REFUSED = set("sum prod int iint oint lim dots ldots cdots vdots bmod pmod mod begin end sinh cosh tanh coth".split())
+UNITS = {word: names.split()[0] for names in (  # plurals of others are units too, but have no other names
+    "mm millimeter", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inche in",
+    "ft foot feet", "yd yard", "mile mi", "ml milliliter", "L l liter litre", "mg milligram", "g gram", "oz ounce",
+    "kg kilogram", "lb pound", "s sec second", "min minute", "hour hr h", "day", "week", "month", "year yr",
+    "unit", "mph", "am", "pm", "cent", "$ \\$ dollar usd buck", "€ euro eur", "£ gbp", "¥ yen", "₹ rupee", "N newton",
+    "J joule", "W watt", "V volt", "A amp", "K kelvin", "C celsius", "F fahrenheit", "Hz", "mu", "people children men",
     ) for word in names.split()}
 KNOWN, CURRENCIES = set(UNITS.values()), ("\\$", "€", "£", "¥", "₹")
 LETTER_UNITS = [("sym", letter) for letter in "smhgL"]
-SCALES = {word: Fraction(scale) for words, scale in (
-    ("dozen", 12), ("hundred", 100), ("thousand", 1000), ("million", 10**6), ("billion", 10**9),
-    ("trillion", 10**12), ("half halve", "1/2"), ("third", "1/3"), ("fourth", "1/4"), ("fifth", "1/5"),
-    ("sixth", "1/6"), ("eighth", "1/8"), ("tenth", "1/10"), ("hundredth", "1/100"), ("thousandth", "1/1000"))
-    for word in words.split()}
+SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12, half=Fraction(1, 2),
+              halve=Fraction(1, 2), tenth=Fraction(1, 10), hundredth=Fraction(1, 100), thousandth=Fraction(1, 1000))
 NO_UNIT = re.compile(  # words that do something to a number
-    r"(?i)(?:plus|minus|times|over|by|more|less|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|"
-    r"otherwise|except|without|is|are|was|has|mod|.*teens?|.*[tx]y|ones?|twos?|threes?|.*ths?|percents?|"
-    r".*us|.*ss|powers?|negatives?|quarters?|pairs?)")
+    r"plu|minu|time|over|by|more|les|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|otherwise|"
+    r"except|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*[iu]s?u|power|negative|"
+    r"quarter|pair")
 
 
 def tokenize(text: str, words: str = "word") -> list[tuple[str, str, bool]]:
@@ -313,26 +308,16 @@ ZERO, ONE = Fraction(0), Fraction(1)
 CLOSING = {"{": ("}",), "\\{": ("\\}",), "(": (")", "]"), "[": ("]", ")")}
 AROUND = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}  # one term
 MIXED = re.compile(r"frac (?:\{ n \}|n) (?:\{ n \}|n)|frac n|n / n")  # the n are numbers
+APPLICATION = re.compile(  # a letter before a bracket without a sum in it
+    r"(?<![A-Za-z\\])(\\?[A-Za-z]+)(?:_\w|_\{\w*\}|')*\s*\(\s*-?[^()+\-±]*(?:\([^()]*\)[^()+\-±]*)*\)")
 STARTERS = set("( [ { frac sqrt binom lfloor lceil begin".split())
 
 
 class Parser:
-    def __init__(self, tokens: list):
+    def __init__(self, tokens: list, applied: Iterable[str]):
         self.tokens = tokens + [("end", "", False)] * 3  # so that looking ahead needs no check
         self.at = self.depth = self.bars = 0
-        self.applied = set("fgFG") | APPLIED
-        for at, (kind, value, _) in enumerate(tokens):
-            if kind in ("sym", "word") and self.tokens[at + 1][1] == "(" and not self.holds_sum(at + 1):
-                self.applied.add(value if kind == "sym" else value[-1])
-
-    def holds_sum(self, at: int) -> bool:
-        """Is there a + or - between this bracket and the one that closes it, but for a first sign?"""
-        depth = 0
-        for place, (_, value, _) in enumerate(self.tokens[at : at + 60]):
-            depth += (value in CLOSING) - (value in (")", "]", "}", "\\}"))
-            if depth == 0 or depth == 1 and place > 1 and value in ("+", "-", "pm"):
-                return depth > 0
-        return True
+        self.applied = {"f", "g", "F", "G", *APPLIED, *applied}
 
     def peek(self, *values: str) -> bool:
         kind, value, _ = self.tokens[self.at]
@@ -407,22 +392,18 @@ class Parser:
         return ("unit", node, unit) if unit else node
 
     def unit(self) -> str:
-        r"""The unit behind a value, as in `5 square inches`, `100 km/h` or `15\text{ cm}^2`: names with powers."""
+        r"""The unit behind a value, as in `5 square inches`, `100 km/h` or `15\text{ cm}^2`; "" if there is none."""
         words: list[str] = []
-        while self.tokens[self.at][0] in ("text", "word", "letter") or words and words[-1] in ("*", "/") and (
-                self.tokens[self.at][0] == "sym") or not words and self.peek(*CURRENCIES):
-            words.append(self.tokens[self.at][1])
+        while True:
+            kind, value, _ = self.tokens[self.at]
+            behind_sign = words and words[-1] in ("*", "/", "^", "{", "-")
+            if not (kind in ("text", "word", "letter") or kind in ("num", "sym") and behind_sign or words and (
+                    self.peek("*", "/", "^", "{", "-") or value == "}" and "{" in words[-3:]) or (
+                    not words and value in CURRENCIES)):
+                break
+            words.append(value)
             self.at += 1
-            while sign := self.take("*", "/", "^"):
-                words.append(sign if sign != "^" else "^" + self.whole_exponent())
-        return _unit(words) if words else ""
-
-    def whole_exponent(self) -> str:
-        braced, sign, value = self.take("{"), self.take("-") or "", self.tokens[self.at][1]
-        self.at += 1
-        if braced:
-            self.expect("}")
-        return sign + value
+        return _unit(" ".join(words)) if words else ""
 
     def sum(self) -> tuple:
         return self.chain("add", self.term, "+", "-", "pm", "mp")
@@ -472,18 +453,7 @@ class Parser:
         while sign := self.take("^", "!", "%", "degree"):
             if (signs := signs + 1) > 8:
                 raise ValueError
-            if sign == "^" and self.take("degree"):
-                sign = "degree"
-            elif sign == "^" and self.peek("{") and self.tokens[self.at + 1][:2] == ("op", "degree"):
-                self.at += 2
-                sign = self.expect("}") and "degree"  # 90^{\circ}
-            if sign == "^":
-                exponent = self.exponent()
-                if node[0] == "sym" and self.take("_"):  # x^2_1
-                    node = ("sym", f"{node[1]}_{self.subscript()}")
-                node = ("pow", node, exponent)
-            else:
-                node = (sign, node)
+            node = ("pow", node, self.exponent()) if sign == "^" else (sign, node)
         return node
 
     def exponent(self) -> tuple:
@@ -507,7 +477,7 @@ class Parser:
             root = self.group("[") if self.take("[") else ("num", Fraction(2))
             return ("pow", self.nested(self.atom), ("inv", root))
         if opening in CURRENCIES:
-            return ("unit", self.product(), _unit([opening]))
+            return ("unit", self.product(), _unit(opening))
         if opening in AROUND:
             self.bars += opening == "|"
             node = ("abs" if opening == "|" else opening, self.sum())
@@ -581,19 +551,16 @@ class Parser:
         """A variable, or a function of the kind f(x): an unknown of its own for each argument."""
         while mark := self.take("_", "'"):
             name += "_" + self.subscript() if mark == "_" else mark
-        if self.peek("^") and self.tokens[self.at + 1][1] == "*":  # x^*
-            self.at += 2
-            name += "*"
         if name[0] in "fgFG" and self.take("^"):
             power = self.exponent()
             if not self.peek("("):
                 return ("pow", ("sym", name), power)
             name += str(power)
-        if not self.peek("(") or name in CONSTANTS or not {name, name[0]} & self.applied:
+        plain = name.partition("_")[0].rstrip("'")
+        if plain in CONSTANTS or not {plain, name[0]} & self.applied or not self.peek("(", "\\{" * (name in APPLIED)):
             return ("sym", name)
-        self.take("(")
-        arguments = self.nested(self.items)
-        self.expect(")")
+        opening, arguments = self.take("(", "\\{"), self.nested(self.items)
+        self.expect(*CLOSING[opening])
         return ("apply", name, *arguments)
 
     def subscript(self) -> str:
@@ -607,8 +574,8 @@ class Parser:
         """Letters without a space: a product (`xy`), or the name of a figure (`ABC`). Other words are text."""
         if len(word) > 2 and word.isupper():
             currency = self.tokens[self.at][0] == "num" and UNITS.get(word.casefold())  # USD 5
-            return ("unit", self.power(), _unit([word])) if currency else ("sym", word)
-        if len(word) > 4 or len(word) > 2 and not word.islower():
+            return ("unit", self.power(), _unit(word)) if currency else ("sym", word)
+        if len(word) > 4 or len(word) > 2 and not word.islower() or word == "no":
             raise ValueError
         self.tokens[self.at - 1 : self.at] = [("sym", letter, False) for letter in word]
         return self.name(word[0])
@@ -629,25 +596,26 @@ class Parser:
         return ("pow", node, power) if power else node
 
 
-def _unit(words: list[str]) -> str:
-    """Its names with their powers: ["m", "s", "^-1"] and ["m", "/", "s"] are "m1 s-1". Known ones, or at least a
+def _unit(text: str) -> str:
+    """The names of a unit with their powers: `m s ^ { - 1 }` and `m / s` are "m1 s-1". Known ones, or at least a
     plural, as what is counted is (`5 students`); ValueError for words that may change the value (`5 squared`)."""
     powers: dict[str, int] = {}
     sign, square, name = 1, 1, ""
-    for word in words:
-        if word in ("*", "/", "per"):
+    for exponent, word in re.findall(r"\^[{ ]*((?:- )?\d{1,3})(?: })?|(\\\$|[^\W\d_]+|\S)", text):
+        if exponent:
+            powers[name] *= int(exponent.replace(" ", ""))
+        elif word in ("*", "/", "per"):
             sign = 1 if word == "*" else -1
         elif word in ("square", "sq", "cubic"):
             square = 3 if word == "cubic" else 2
-        elif word[0] == "^":
-            powers[name] *= int(word[1:])
         else:
-            lower = word.casefold()
-            name = UNITS.get(word) or UNITS.get(lower) or UNITS.get(lower.removesuffix("s")) or lower
+            singular = word.casefold().removesuffix("s") if len(word) > 2 else word
+            name = UNITS.get(word) or UNITS.get(word.casefold()) or UNITS.get(singular) or singular
             powers[name] = powers.get(name, 0) + sign * square
             sign = square = 1
-    unknown = [name for name in powers if name not in KNOWN]
-    if not powers or any(map(NO_UNIT.fullmatch, unknown)) or unknown and name in unknown and name[-1] != "s":
+            if name not in KNOWN and (not word.isalpha() or NO_UNIT.fullmatch(name)):
+                raise ValueError
+    if not powers or sign < 0 or name not in KNOWN and word[-1] != "s":
         raise ValueError
     return " ".join(f"{name}{power}" for name, power in sorted(powers.items()))
 
@@ -669,10 +637,11 @@ def _signed(sign: str | None, node: tuple) -> tuple:
 def parse(text: str) -> tuple | None:
     """The tree of an answer, or None if it is not in the language: then it is text."""
     try:
-        text = GROUPED.sub("", text)
+        text = re.sub(r"\\(?:left|right)(?![A-Za-z])", "", GROUPED.sub("", text))
         if not re.search(r"[(\[]|\\{", text):  # in (1,234) there are two numbers
             text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-        return Parser(tokenize(text)).answer()
+        applied = [name[1:] if name[0] == "\\" else name[-1] for name in APPLICATION.findall(text)]
+        return Parser(tokenize(text), applied).answer()
     except (ValueError, KeyError, RecursionError):  # how the parser says so
         return None
 
@@ -694,7 +663,7 @@ class OutOfSteps(Exception):
 
 class Work:
     """What an evaluation needs: steps left, values of the names, what a percent and a degree are worth."""
-    steps, names, percent, degree = MAX_STEPS, {}, Fraction(1, 100), ONE
+    steps, names, percent, degree, is_real = MAX_STEPS, {}, Fraction(1, 100), ONE, False
 
     def spend(self, steps: int) -> None:
         self.steps -= steps
@@ -718,6 +687,8 @@ def settled(x, work: Work, before=MP.zero):
     re, im = MP.mag(x.real), MP.mag(x.imag)
     has_re = re > max(im, MP.mag(before.real)) + NOISE
     has_im = im > max(re, MP.mag(before.imag)) + NOISE
+    if has_im and work.is_real:
+        raise ArithmeticError
     return MP.mpc(x.real if has_re else 0, x.imag) if has_im else x.real if has_re else MP.zero
 
 
@@ -858,10 +829,15 @@ def call(node: tuple, work: Work):
 
 REWRITTEN = [(re.compile(pattern), new) for pattern, new in (
     (r"\^\s*\{?\\prime\}?", "'"), (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1].lower()}m"),  # 4:30 P.M.
-    (r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase (\d+)\)?\s*\}?", r"_{\1}"), (r"\\text\s*\{\s*out of\s*\}|\bout of\b", "/"),
-    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", lambda m: _repeating(*m.groups())),
+    (r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase\s*\}?\s*(\d+)\)?\s*\}?", r"_{\1}"), (r"\\text\s*\{\s*out of\s*\}|\bout of\b", "/"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: "(%d/%s)" % (  # 0.1\overline{6}
+        int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),
     (r"(?i)^(?:\\text\s*\{)?(?:the set of )?all real(?: number)?s\}?$", r"\\mathbb{R}"),
-    (r"(?i)^(?:\\text\s*\{)?no solutions?\}?$", r"\\emptyset"),
+    (r"(?i)^(?:\\text\s*\{)?no (?:real )?solutions?\}?$", r"\\emptyset"),
+    (r"(\\mathbb\s*\{?R\}?)\s*(?:-|\\backslash)\s*(?=\\\{)", r"\1\\setminus"),
+    (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))", r"\\degree "),
+    (r"(\\degree)\s*([CF])\b(?!\s*\})", r"\1\\text{\2}"),
+    (r"([A-Za-z])\s*\^\s*(\{\w+\}|\d)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"), (r"\^\s*\{?\*\}?(?!\*)", "_{*}"),
     (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
     (r"\\(?:mathbf|vec|hat|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r"{\\vec\1}"),
     (r"^\\\{\s*[a-z]\s*(?:\\in\s*\(-\\infty,\\infty\))?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 2}
@@ -869,7 +845,7 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (
 )]
 LABEL = re.compile(r"(?i)(\\text\s*\{)?\s*(?:the |my )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?:?\s*(?(1)\})"
     r"(?=.)(?!\s*=)|\s*(?:=|\\approx|\\sim|\\therefore)")
-TAIL = re.compile(r"(?:[,;:! ]\\|dauqq?\\|[~\s.,:;])*")  # backwards
+TAIL = re.compile(r"\\*(?:[,;:! ]\\|dauqq?\\|[~\s.,:;])*")  # backwards
 
 
 def clean(text: str) -> str:
@@ -882,18 +858,11 @@ def clean(text: str) -> str:
     text = text.strip()
     if whole := re.fullmatch(r"\$+([^$]*[^$\\])\$+[\s.,:;]*|\\[\[(](.*)\\[\])]|" + WRAPPER, text, re.S):
         text = whole[whole.lastindex]  # "$43_5.$": the stop inside is one too
-    text = text[: len(text) - len(TAIL.match(text[::-1])[0])].strip()
     if not text.isdigit():
         text = text[label.end() :] if (label := LABEL.match(text)) else text
         for pattern, new in REWRITTEN:
             text = pattern.sub(new, text)
-    return text.strip()
-
-
-def _repeating(whole: str, start: str, digits: str) -> str:
-    r"""0.1\overline{6} as a fraction."""
-    nines = "9" * len(digits) + "0" * len(start)
-    return rf"({int(whole + start + digits) - int(whole + start or 0)}/{nines})"
+    return text[: len(text) - len(TAIL.match(text[::-1])[0])].strip()
 
 
 def visible(text: str) -> str:
@@ -901,7 +870,7 @@ def visible(text: str) -> str:
     not `AB` and `ab`."""
     text = re.sub(WRAPPER, r" \1 ", text)
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;!:]|\$|~", " ", text)
-    text = re.sub(r"\b(?:[A-Z][a-z]{2,}|No)\b", lambda m: m[0].lower(), text)
+    text = re.sub(r"\b(?:[A-Z][a-z]{2,}|No|NO|YES|TRUE|FALSE)\b", lambda m: m[0].lower(), text)
     return re.sub(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", "", " ".join(text.split()))
 
 
@@ -926,7 +895,7 @@ def is_prose(text: str) -> bool:
 def _bare(a: tuple, gold: tuple) -> tuple:
     """3s as 3, m+n=371 as 371: only in an answer, where the gold is known to be no equation nor variable."""
     if a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and a[2] in LETTER_UNITS and not names(gold):
-        return ("unit", a[1], _unit([a[2][1]]))
+        return ("unit", a[1], _unit(a[2][1]))
     if a[:2] == ("rel", "=") and len(a) == 4 and "rel" not in kinds(gold) and names(a[2]) and not names(a[3]):
         return a if {"num", "pow", "call"} & kinds(a[2]) else a[3]
     return a
@@ -940,15 +909,13 @@ def names(node: tuple) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=2048)
-def kinds(node: tuple) -> frozenset[str]:
-    """The kinds of nodes in a tree; with them "i", "root" (of even degree) and "sign" (a power of -1)."""
-    own = {node[0]}
-    if node == ("sym", "i"):
-        own = {"i"}
-    elif node[0] == "inv" and node[1][0] == "num" and node[1][1] % 2 == 0:
-        own = {"inv", "root"}
-    elif node[0] == "pow" and node[1][0] == "neg" and not names(node[1]) and names(node[2]):
-        own = {"pow", "sign"}
+def kinds(node: tuple) -> frozenset:
+    """The kinds of nodes in a tree and its numbers; "i", "root" (of even degree), "sign" (a power of -1)."""
+    own = {node[0], node[1]} if node[0] == "num" else {"i"} if node == ("sym", "i") else {node[0]}
+    if node[0] == "inv" and node[1][0] == "num" and node[1][1] % 2 == 0:
+        own.add("root")
+    if node[0] == "pow" and node[1][0] == "neg" and not names(node[1]) and names(node[2]):
+        own.add("sign")
     return frozenset(own).union(*(kinds(child) for child in node[1:] if isinstance(child, tuple)))
 
 
@@ -1088,12 +1055,14 @@ def same_lists(a: tuple, b: tuple, work: Work) -> bool | None:
         return None
     if left is None or right is None:  # a list is one answer only if all its items are that answer
         items, single = (left, b) if right is None else (right, a)
-        return bool(items) and all(same(item, single, work) for item in items)
+        return bool(items) and (len(items) == 1 or items[0][0] != "rel") and all(same(item, single, work) for item in items)
     return matched(left, right, lambda x, y: same(x, y, work))
 
 
 def members(node: tuple) -> list[tuple] | None:
     """The elements of a list or set, with both values of every ±; None if it is neither."""
+    if node[:2] == ("rel", "in") and _is_name(node[2]):
+        return members(node[3])
     if node[0] in ("list", "set", "emptyset"):
         nested = [members(child) if child[0] != "set" else [child] for child in node[1:]]
         return [item for child, inner in zip(node[1:], nested) for item in inner or [child]]
@@ -1139,13 +1108,12 @@ def defined(relation: tuple, work: Work) -> tuple[tuple, tuple] | None:
     if relation[0] != "rel":
         return None
     signs, sides = relation[1].split(), relation[2:]
-    if signs[-1] == "approx":
-        work.names = {}
-        exact_one, rounded = (value(side[1] if side[0] == "unit" else side, work) for side in sides[-2:])
-        if abs(exact_one - rounded) > abs(exact_one) / 10:
+    if signs[-1] == "approx" and not names(sides[-2]):
+        pairs = samples(*(side[1] if side[0] == "unit" else side for side in sides[-2:]), work)
+        if any(abs(x - y) * 10 > abs(x) for x, y in pairs):
             return None
         signs, sides = signs[:-1], sides[:-1]
-    if signs and set(signs) != {"="} and signs != ["in"]:
+    if not {"=", "approx"} >= set(signs) and signs != ["in"]:
         return None
     if _is_name(sides[-1]) and not _is_name(sides[0]):
         sides = sides[::-1]
@@ -1212,49 +1180,41 @@ def tolerance(a: tuple, b: tuple):
     return MP.mpf(10) ** (1 - max(digits)) if digits and max(digits) >= 14 else CLOSE
 
 
-WHOLE = [*range(1, 21), 24, 25, 26, 27, 30, 31, 32, 33, 35, 36, 37, 48, 49, 50, 63, 64, 65, 80, 81, 82, 99, 100, 101,
-         127, 128, 129, 1000, 1023, 1024, 1025]  # both sides of squares, powers of two, multiples
-
-
 def samples(a: tuple, b: tuple, work: Work) -> Iterator[tuple]:
-    """Pairs of values of two trees; real ones if there is a variable and no i, as branches of roots and
-    logarithms differ between equal forms. A tree without variables has one."""
+    """Pairs of values of two trees at points; one pair if there is no variable. With variables and without i all
+    is real: branches of roots and logarithms of negative numbers differ between equal forms."""
     both = sorted(names(a) | names(b))
-    is_real = both and "i" not in kinds(a) | kinds(b)
-    for point in points(a, b, both):
+    work.is_real = bool(both) and "i" not in kinds(a) | kinds(b)
+    for point in points(both, kinds(a) | kinds(b)) if both else ((),):
         work.names, work.degree = dict(zip(both, point)), ONE
         try:
-            x, y = value(a, work), value(b, work)
+            yield value(a, work), value(b, work)
         except (ArithmeticError, KeyError):
             continue
-        if not is_real or not x.imag and not y.imag:
-            yield x, y
 
 
-def points(a: tuple, b: tuple, both: list[str]) -> Iterator[list[Fraction]]:
-    """Three points below 1, three more of fractions, three whole, three negative. Where a tree has a step, a
-    sign or a bend: on both sides of whole numbers, of the numbers in the trees, and far away."""
-    every, bends = kinds(a) | kinds(b), sorted(numbers(a) | numbers(b))[:12]
-    is_stepped = bool(every & {"lfloor", "lceil", "sign"}) and bool(both)
-    for point in range(12 if both else 1):
+WHOLE = [*range(1, 21), 24, 25, 26, 27, 30, 31, 32, 33, 35, 36, 37, 48, 49, 50, 63, 64, 65, 80, 81, 82, 99, 100,
+         101, 127, 128, 129, 1000, 1023, 1024, 1025, 10**4, 10**5, 10**6]  # both sides of squares, powers of two
+
+
+def points(both: list[str], every: frozenset) -> Iterator[list[Fraction]]:
+    """Three points below 1, three more of fractions, three whole, three negative. Where a tree has a step, a sign
+    or a bend: on both sides of whole numbers and of its own numbers, and far away."""
+    is_stepped = bool(every & {"lfloor", "lceil", "sign"})
+    whole = [is_stepped and name[0] in "ijklmnpqMN" for name in both]
+    for point in range(12):
         scattered = [(point * 7919 + k * 104_729 + 12_345) * 2_654_435_761 % 2**32 >> 12 for k in range(len(both))]
-        small = [Fraction(1 + x % 10 if point < 3 else 1 + x % 40, 11 if point < 6 else -13) for x in scattered]
-        mixed = [Fraction(2 + x % 23) if 6 <= point < 9 or is_stepped and name[0] in "ijklmnpqrMNK" else y
-                 for x, y, name in zip(scattered, small, both)]
-        yield mixed
-    if not both or not is_stepped and not every & {"abs", "root", "apply"}:
+        yield [Fraction(2 + x % 23) if is_whole or 6 <= point < 9 else
+               Fraction(1 + x % (10 if point < 3 else 40), 11 if point < 6 else -13)
+               for x, is_whole in zip(scattered, whole)]
+    if not is_stepped and not every & {"abs", "root", "apply"}:
         return
-    near = [sign * number + side for number in (*bends, *(WHOLE if is_stepped else (1000, 10**6)))
-            for sign in (1, -1) for side in (Fraction(-1, 7), ZERO, Fraction(1, 7))]
+    ends = sorted(x for x in every if isinstance(x, Fraction) and abs(x) < 10**12)[:12]
+    near = [x + Fraction(side, 7) for x in (*ends, *(-x for x in ends), *(WHOLE if is_stepped else (1000, 10**6, -1000)))
+            for side in (-1, 0, 1)]
     for point in range(len(WHOLE) if is_stepped else len(near)):
-        yield [Fraction(WHOLE[point * (2 * k + 1) % len(WHOLE)]) if is_stepped and name[0] in "ijklmnpqrMNK"
-               else near[point * (2 * k + 1) * 5 % len(near)] for k, name in enumerate(both)]
-
-
-@functools.lru_cache(maxsize=512)
-def numbers(node: tuple) -> frozenset[Fraction]:
-    own = {node[1]} if node[0] == "num" and abs(node[1]) < 10**12 else ()
-    return frozenset(own).union(*(numbers(child) for child in node[1:] if isinstance(child, tuple)))
+        yield [Fraction(WHOLE[point * (2 * k + 1) % 53]) if is_whole else near[point * (6 * k + 1) % len(near)]
+               for k, is_whole in enumerate(whole)]
 
 
 # ---- Evaluation of checkpoints. torch is imported only here, so that `import verify` stays light -----------
