@@ -440,8 +440,8 @@ class Parser:
         (n2^{n-1}): `x2` is no product."""
         kind, value, spaced = self.tokens[self.at]
         if kind == "num":
-            power = self.tokens[self.at + 1][1] == "^" and self.tokens[self.at + 2][1] != "degree"
-            return power or self.tokens[self.at - 1][1] in (")", "}", "!")
+            before, sign, *behind = [value for _, value, _ in self.tokens[self.at - 1 : self.at + 4] if value != "{"]
+            return before in (")", "}", "!") or behind[:1] == ["^"] and (spaced or not behind[1].isdigit())
         if kind == "word":  # letters to multiply, unless it is the unit of what came before
             return UNITS.get(value) is None and (value.isupper() or not (spaced and len(value) > 2))
         if kind == "letter":
@@ -499,7 +499,7 @@ class Parser:
         self.bars = bars
         if opening == "\\{" or opening == "{" and len(items) > 1:
             return ("set", *items) if items else ("emptyset",)
-        if not items:
+        if not items or len(items) == 1 and opening + closing in ("(]", "[)"):
             raise ValueError
         return ("seq", opening + closing, *items) if len(items) > 1 else items[0]
 
@@ -600,7 +600,7 @@ def _unit(text: str) -> str:
     """The names of a unit with their powers: `m s ^ { - 1 }` and `m / s` are "m1 s-1". Known ones, or at least a
     plural, as what is counted is (`5 students`); ValueError for words that may change the value (`5 squared`)."""
     powers: dict[str, int] = {}
-    sign, square, name = 1, 1, ""
+    sign, square, name, is_plural = 1, 1, "", False
     for exponent, word in re.findall(r"\^[{ ]*((?:- )?\d{1,3})(?: })?|(\\\$|[^\W\d_]+|\S)", text):
         if exponent:
             powers[name] *= int(exponent.replace(" ", ""))
@@ -612,10 +612,10 @@ def _unit(text: str) -> str:
             singular = word.casefold().removesuffix("s") if len(word) > 2 else word
             name = UNITS.get(word) or UNITS.get(word.casefold()) or UNITS.get(singular) or singular
             powers[name] = powers.get(name, 0) + sign * square
-            sign = square = 1
+            sign, square, is_plural = 1, 1, word[-1] == "s"
             if name not in KNOWN and (not word.isalpha() or NO_UNIT.fullmatch(name)):
                 raise ValueError
-    if not powers or sign < 0 or name not in KNOWN and word[-1] != "s":
+    if not powers or sign < 0 or name not in KNOWN and not is_plural:
         raise ValueError
     return " ".join(f"{name}{power}" for name, power in sorted(powers.items()))
 
@@ -939,6 +939,8 @@ def same_assignments(a: tuple, b: tuple, work: Work) -> bool | None:
     if left is not None and right is not None:
         return left.keys() == right.keys() and all(same(left[name], right[name], work) for name in left)
     values, other = (left, b) if right is None else (right, a)
+    if "rel" in kinds(other):
+        return None
     items = other[2:] if other[0] == "seq" and other[1] == "()" else other[1:] if other[0] == "list" else ()
     return len(items) == len(values) and all(same(x, y, work) for x, y in zip(values.values(), items))
 

@@ -4,8 +4,9 @@ r"""The verifier on public data, beside math-verify: verdicts, speed, worst case
 
 DIR: the public files of the README. CASES: rows {"gold", "response", "expected", "kind"}. Without DIR,
 answers of the generated corpus are graded, and only speed and worst cases say much. Prints, one line each:
-labelled cases; every gold answer against itself, its reference solution and rewritten forms; pairs of
-different gold answers; time per response; time and exceptions over fuzzed input.
+labelled cases; every gold answer against itself, its reference solution and rewritten forms; golds with one
+thing changed, and pairs of different ones, which must be refused; the options of MMLU-STEM; time per response;
+time and exceptions over fuzzed input.
 """
 
 import itertools
@@ -26,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_verify import HOSTILE
 
 from data import files, synth
-from verify import extract_answer, is_equivalent, reward
+from data.benchmarks import options
+from verify import extract_answer, is_correct, is_equivalent, reward
 
 FILES = {
     "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), "math": ("math/train.jsonl", "math/test.jsonl"),
@@ -108,7 +110,9 @@ def golds(folder: Path) -> None:
             said += f"; {total:,} rewritten {sum(ok.values()) / total:.2%} ("
             said += ", ".join(f"{way} {ok[way]}/{len(tried[way])}" for way in tried if tried[way]) + ")"
         print(said, flush=True)
-    different(sorted(set(every)))
+    every = sorted(set(every))
+    different(every)
+    mutated(every)
 
 
 def different(answers: list[str]) -> None:
@@ -122,6 +126,48 @@ def different(answers: list[str]) -> None:
                 equal.append((a, b))
     print(f"{PAIRS:,} pairs of different texts among {len(answers):,} golds: {len(equal)} called equal")
     for pair in equal[:40]:
+        print("   ", *pair, sep="   ")
+
+
+# Ways to change an answer: each place of the pattern in turn. A number, sign, operator, bound or name is another
+CHANGES = {
+    "digit": (r"\d", lambda m: str((int(m[0]) + 1) % 10)),
+    "sign": (r"[+-]|(?<![\w)}\]!^_.\\{])(?<!\{ )(?=[\d\\a-zA-Z])(?!0|\\(?:text|mbox|in|c[ua]p|[lg]e|infty|left|right|\W)|\d*[1-9]*$)",
+             lambda m: {"+": "-", "-": "+"}.get(m[0], "-")),
+    "operator": (r"\^|\\sqrt|(?<=\S)/|\\cdot|\\times|(?<!\\)!|\\pi|\\cup|\\(?:sin|cos|tan|ln|log)(?![a-z]| *_)", lambda m: {
+        "^": "_", "/": "+", "\\cdot": "+", "\\times": "+", "\\cup": r"\cap", r"\sin": r"\cos", r"\cos": r"\sin",
+        r"\tan": r"\cot", r"\ln": r"\log", r"\log": r"\ln", r"\sqrt": r"\sqrt[3]", r"\pi": "e"}.get(m[0], "")),
+    "bound": (r"[\[\]]|<|>|\\[lg]eq?(?![a-z])|(?<=infty,)(?! ?0)|(?<=,)(?=\\infty)", lambda m: {
+        "[": "(", "]": ")", "<": r"\le ", ">": r"\ge "}.get(m[0], "<" if "l" in m[0] else ">" if m[0] else "-")),
+    "name": (r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z]{4,}(?![A-Za-z{])|(?<=text\{)\s*[A-Za-z]+", lambda m: (
+        {"x": "y", "e": "d", "i": "j"}.get(m[0], "x" if len(m[0]) == 1 else "other"))),
+}
+
+
+def mutated(answers: list[str]) -> None:
+    """Every answer with one thing changed, in each of its places (the first four): accepted ones are printed."""
+    for kind, (pattern, new) in CHANGES.items():
+        tried, accepted = 0, []
+        for gold in answers:
+            for place in itertools.islice(re.finditer(pattern, gold), 4):
+                answer = gold[: place.start()] + new(place) + gold[place.end() :]
+                tried += 1
+                if is_equivalent(answer, gold):
+                    accepted.append((answer, gold))
+        print(f"one {kind} changed: {len(accepted)} of {tried:,} accepted, {len(accepted) / tried:.2%}")
+        for pair in accepted[:40]:
+            print("   ", *pair, sep="   ")
+
+
+def choices(folder: Path) -> None:
+    """MMLU-STEM: the text of the right option is correct; two different options are not the same."""
+    rows, equal = list(files.read_jsonl(folder / "eval/mmlu_stem.jsonl")), []
+    right = sum(is_correct(options(row)[row["answer"]], row) for row in rows)
+    pairs = [pair for row in rows for pair in itertools.combinations(options(row).values(), 2)]
+    equal = [(a, b) for a, b in pairs if a != b and is_equivalent(a, b)]
+    print(f"MMLU-STEM: {right} of {len(rows)} texts of right options are correct, {right / len(rows):.2%}; of "
+          f"{len(pairs):,} pairs of options {len(equal)} are called equal")
+    for pair in equal:
         print("   ", *pair, sep="   ")
 
 
@@ -238,6 +284,7 @@ def main() -> None:
         cases(Path(sys.argv[2]), theirs)
     if folder:
         golds(folder)
+        choices(folder)
         rows = list(files.read_jsonl(folder / "math/test.jsonl"))[::10]
         rows += list(files.read_jsonl(folder / "gsm8k/test.jsonl"))[::5]
         pairs = [(row["solution"], row["answer"]) for row in rows]
