@@ -39,7 +39,6 @@ The conventions, where people may differ:
 
 import contextlib
 import functools
-import itertools
 import math
 import os
 import re
@@ -259,12 +258,14 @@ NO_UNIT = re.compile(  # words that do something to a number
 
 
 def tokenize(text: str, words: str = "word") -> list[tuple[str, str, bool]]:
+    r"""words: the kind of words here, "text" inside of \text{...}; there a letter may be a unit, a point is nothing."""
     tokens, spaced = [], False
     for match in TOKEN.finditer(text):
         kind, value = match.lastgroup, match[0]
         if kind == "wrapped":
             tokens[-1:] = [("letter", "mu", False)] if tokens and tokens[-1][1] == "mu" else tokens[-1:]
-            tokens += _wrapped(match[2])
+            content = match[2] if re.search(r"\d", match[2]) else match[2].replace(".", "").strip(" -()~")
+            tokens += tokenize(content, "text")
         elif kind in ("env", "row"):
             tokens.append(("op", {"b": "begin", "e": "end"}.get(value[1], "row"), spaced))
         elif kind != "skip":
@@ -291,13 +292,6 @@ def _named(kind: str, value: str, spaced: bool, words: str) -> tuple[str, str, b
     return "sym", name.replace("var", "") if kind == "cmd" else name, spaced
 
 
-def _wrapped(content: str) -> list[tuple[str, str, bool]]:
-    r"""The inside of \text{...}: words are words there, and letters may be units. Points are not seen."""
-    if not re.search(r"\d", content):
-        content = content.replace(".", "").strip(" -()~")
-    return tokenize(content, "text")
-
-
 # ---- Parser: from tokens to a tree. A node is (kind, child, ...); every child that is a tuple is a node ----
 #    answer = relation {"," relation}                relation = union {("=" | "<" | ... | "in") union}
 #    union  = ratio {"cup" ratio}                    ratio    = sum {":" sum} [unit]
@@ -307,7 +301,6 @@ def _wrapped(content: str) -> list[tuple[str, str, bool]]:
 ZERO, ONE = Fraction(0), Fraction(1)
 CLOSING = {"{": ("}",), "\\{": ("\\}",), "(": (")", "]"), "[": ("]", ")")}
 AROUND = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}  # one term
-MIXED = re.compile(r"frac (?:\{ n \}|n) (?:\{ n \}|n)|frac n|n / n")  # the n are numbers
 APPLICATION = re.compile(  # a letter before a bracket without a sum in it
     r"(?<![A-Za-z\\])(\\?[A-Za-z]+)(?:_\w|_\{\w*\}|')*\s*\(\s*-?[^()+\-±]*(?:\([^()]*\)[^()+\-±]*)*\)")
 STARTERS = set("( [ { frac sqrt binom lfloor lceil begin".split())
@@ -371,13 +364,6 @@ class Parser:
         return items
 
     def relation(self) -> tuple:
-        kind, value, _ = self.tokens[self.at]
-        if kind == "text" or kind == "word" and len(value) > 3:  # Number of ways = 5
-            label = [value for _, value, _ in itertools.takewhile(lambda t: t[1] != "=", self.tokens[self.at :])]
-            self.at += len(label) + 1
-            if self.at >= len(self.tokens) or {",", "<", ">"} & set(label):
-                raise ValueError
-            return ("rel", "=", ("sym", " ".join(label)), self.union())
         return self.chain("rel", self.union, "=", "<", ">", "<=", ">=", "ne", "in", "approx")
 
     def union(self) -> tuple:
@@ -409,13 +395,8 @@ class Parser:
         return self.chain("add", self.term, "+", "-", "pm", "mp")
 
     def term(self) -> tuple:
-        signs = []
-        while sign := self.take("+", "-", "pm", "mp"):
-            signs.append(sign)
-        node = self.product()
-        if "pm" in signs or "mp" in signs:
-            node = ("pm", node)
-        return ("neg", node) if (signs.count("-") + signs.count("mp")) % 2 else node
+        sign = self.take("+", "-", "pm", "mp")
+        return _signed(sign, self.nested(self.term)) if sign else self.product()
 
     def product(self) -> tuple:
         factors = [self.power()]
@@ -530,32 +511,12 @@ class Parser:
     def number(self, digits: str) -> tuple:
         if self.take("_"):
             return ("based", digits, self.subscript())
-        fraction = self.mixed() if digits.isdigit() else None
-        return ("num", Fraction(digits) + fraction) if fraction else _num(digits)
-
-    def mixed(self) -> Fraction | None:
-        r"""The proper fraction behind a whole number, taken, if there is one: 3\frac{1}{2}, 3 1/2."""
-        ahead = self.tokens[self.at : self.at + 7]
-        found = MIXED.match(" ".join("n" if kind == "num" else value for kind, value, _ in ahead))
-        if not found or ahead[0][0] == "num" and not ahead[0][2]:
-            return None
-        length = len(found[0].split())
-        digits = [value for kind, value, _ in ahead[:length] if kind == "num"]
-        top, bottom = digits if len(digits) == 2 else (digits[0][0], digits[0][1:])
-        if not (top + bottom).isdigit() or len(bottom) > 20 or not 0 < int(top) < int(bottom or 0):
-            return None
-        self.at += length
-        return Fraction(int(top), int(bottom))
+        return _num(digits)
 
     def name(self, name: str) -> tuple:
         """A variable, or a function of the kind f(x): an unknown of its own for each argument."""
         while mark := self.take("_", "'"):
             name += "_" + self.subscript() if mark == "_" else mark
-        if name[0] in "fgFG" and self.take("^"):
-            power = self.exponent()
-            if not self.peek("("):
-                return ("pow", ("sym", name), power)
-            name += str(power)
         plain = name.partition("_")[0].rstrip("'")
         if plain in CONSTANTS or not {plain, name[0]} & self.applied or not self.peek("(", "\\{" * (name in APPLIED)):
             return ("sym", name)
@@ -828,23 +789,31 @@ def call(node: tuple, work: Work):
 
 
 REWRITTEN = [(re.compile(pattern), new) for pattern, new in (
-    (r"\^\s*\{?\\prime\}?", "'"), (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1].lower()}m"),  # 4:30 P.M.
-    (r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase\s*\}?\s*(\d+)\)?\s*\}?", r"_{\1}"), (r"\\text\s*\{\s*out of\s*\}|\bout of\b", "/"),
+    (r"\^\s*\{?\\prime\}?", "'"), (r"\^\s*\{?\*\}?(?!\*)", "_{*}"),
+    (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1].lower()}m"),  # 4:30 P.M.
+    (r"(?<![\w.^}])(\d+)(?:\s*\\[dtc]?frac\s*(?:\{(\d{1,20})\}|(\d))\s*(?:\{(\d{1,20})\}|(\d))"
+     r"| +(\d{1,20})/(\d{1,20}))(?![\d.])", lambda m: _mixed(m[0], *filter(None, m.groups()))),
+    (r"(^|,)\s*(\\text\s*\{[^{}=<>,]*\}[^=<>,]*|[A-Za-z]{4,}[^=<>,\\\d]*)=", r"\1\\label_{\2}="),  # Number of ways = 5
+    (r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase\s*\}?\s*(\d+)\)?\s*\}?", r"_{\1}"),
+    (r"\\text\s*\{\s*out of\s*\}|\bout of\b", "/"),
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: "(%d/%s)" % (  # 0.1\overline{6}
         int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),
     (r"(?i)^(?:\\text\s*\{)?(?:the set of )?all real(?: number)?s\}?$", r"\\mathbb{R}"),
     (r"(?i)^(?:\\text\s*\{)?no (?:real )?solutions?\}?$", r"\\emptyset"),
     (r"(\\mathbb\s*\{?R\}?)\s*(?:-|\\backslash)\s*(?=\\\{)", r"\1\\setminus"),
+    (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
     (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))", r"\\degree "),
     (r"(\\degree)\s*([CF])\b(?!\s*\})", r"\1\\text{\2}"),
-    (r"([A-Za-z])\s*\^\s*(\{\w+\}|\d)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"), (r"\^\s*\{?\*\}?(?!\*)", "_{*}"),
-    (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
+    (r"\b([fgFG])\s*\^\s*\{?(-?\d+)\}?\s*\(", r"\1_{^\2}("),  # f^{-1}(2)
+    (r"([A-Za-z])\s*\^\s*(\{\w+\}|\d)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"),  # x^2_1
     (r"\\(?:mathbf|vec|hat|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r"{\\vec\1}"),
     (r"^\\\{\s*[a-z]\s*(?:\\in\s*\(-\\infty,\\infty\))?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 2}
     (r"(.)[,\s]*\(?\s*\b[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", r"\1"),  # k ∈ Z
 )]
-LABEL = re.compile(r"(?i)(\\text\s*\{)?\s*(?:the |my )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?:?\s*(?(1)\})"
-    r"(?=.)(?!\s*=)|\s*(?:=|\\approx|\\sim|\\therefore)")
+_mixed = lambda text, whole, top, bottom: f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else text  # noqa: E731
+LABEL = re.compile(  # what only says that the answer comes
+    r"(?i)(\\text\s*\{)?\s*(?:the |my )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?:?\s*(?(1)\})(?=.)(?!\s*=)"
+    r"|\s*(?:=|\\approx|\\sim|\\therefore)")
 TAIL = re.compile(r"\\*(?:[,;:! ]\\|dauqq?\\|[~\s.,:;])*")  # backwards
 
 
@@ -876,14 +845,11 @@ def visible(text: str) -> str:
 
 def same_choice(answer: str, gold: str) -> bool:
     """The same letter, at least once alone: `C`, `(C)`, `C) 12`, `C Cecile`, or c for the gold C."""
-    letters = []
-    for text in (answer, gold):
-        text = re.sub(WRAPPER, r"\1", text).strip()
-        choice = re.fullmatch(r"\(?([A-Z])(?:\)?|\s*[).]\s*\S.*|:\s[^=]*|\s[A-Z][a-z]+)", text, re.S)
-        letters.append((choice[1] if choice else text.strip("()"), len(text.strip("()")) == 1))
-    (letter, alone), (gold_letter, gold_alone) = letters
-    is_one = gold_alone and gold_letter in "ABCDEFGHIJ" and letter == gold_letter.lower()
-    return is_one or letter == gold_letter and (alone or gold_alone)
+    texts = [re.sub(WRAPPER, r"\1", text).strip().strip("()") for text in (answer, gold)]
+    if texts[1] in "ABCDEFGHIJ" and texts[0] == texts[1].lower():
+        return True
+    found = [re.fullmatch(r"([A-Z])(?:\s*[).]\s*\S.*|:\s[^=]*|\s[A-Z][a-z]+)?", text, re.S) for text in texts]
+    return all(found) and found[0][1] == found[1][1] and min(map(len, texts)) == 1
 
 
 def is_prose(text: str) -> bool:
@@ -920,7 +886,7 @@ def kinds(node: tuple) -> frozenset:
 
 
 def assignments(node: tuple) -> dict | None:
-    """{name: value} of `x=2, y=3` or `(x,y)=(2,3)`; None of anything else."""
+    """{name: value} of `x=2, y=3` or `(x,y)=(2,3)`, sorted; None of anything else."""
     pairs = []
     if node[:2] == ("rel", "=") and len(node) == 4 and node[2][0] == node[3][0] == "seq":
         pairs = list(zip(node[2][2:], node[3][2:])) if len(node[2]) == len(node[3]) else []
@@ -934,57 +900,49 @@ def assignments(node: tuple) -> dict | None:
 def same_assignments(a: tuple, b: tuple, work: Work) -> bool | None:
     """Values with names: the same names; values without, in the order of the names."""
     left, right = assignments(a), assignments(b)
-    if left is None and right is None:
+    if left and right and left.keys() != right.keys():
+        return False
+    if not (left or right) or not (left or "rel" not in kinds(a)) or not (right or "rel" not in kinds(b)):
         return None
-    if left is not None and right is not None:
-        return left.keys() == right.keys() and all(same(left[name], right[name], work) for name in left)
-    values, other = (left, b) if right is None else (right, a)
-    if "rel" in kinds(other):
-        return None
-    items = other[2:] if other[0] == "seq" and other[1] == "()" else other[1:] if other[0] == "list" else ()
-    return len(items) == len(values) and all(same(x, y, work) for x, y in zip(values.values(), items))
+    return same(*(("seq", "()", *named.values()) if named else node for named, node in ((left, a), (right, b))), work)
 
 
 def same_sets(a: tuple, b: tuple, work: Work) -> bool | None:
     """Intervals, unions, inequalities in one variable, as sorted lists of pieces of the real line."""
-    if not (_is_real_set(a) or _is_real_set(b)) or a[0] == b[0] == "rel" and "in" not in (a[1], b[1]):
-        return None
-    if len(names(a) | names(b)) > 1:
+    both_relations = a[0] == b[0] == "rel" and "in" not in (a[1], b[1])
+    if not (_is_real_set(a) or _is_real_set(b)) or both_relations or len(names(a) | names(b)) > 1:
         return None
     pieces = segments(a, work), segments(b, work)
     return None if None in pieces else pieces[0] == pieces[1]
 
 
 def _is_real_set(node: tuple) -> bool:
-    an_interval = node[0] == "seq" and len(node) == 4 and node[1] != "()"
     if node[0] == "list":
         return all(child[0] == "rel" and _is_real_set(child) for child in node[1:])
-    return an_interval or node[0] in ("union", "minus", "emptyset") or node[0] == "rel" and not (
-        {"=", "approx"} & set(node[1].split()))
+    return node[0] in ("union", "minus", "emptyset") or node[0] == "seq" and len(node) == 4 and node[1] != "()" or (
+        node[0] == "rel" and not {"=", "approx"} & set(node[1].split()))
 
 
 def segments(node: tuple, work: Work) -> list | None:
     """[(low, is low missing?, high, is high there?)], or None if the tree is not a set of real numbers."""
-    node = _solved(node) if node[0] == "rel" else node
-    if node[0] == "set":
-        node = ("union", *(("seq", "[]", child, child) for child in node[1:]))  # points
-    if node[0] in ("union", "list", "minus", "emptyset"):
-        parts = [segments(child, work) for child in node[1:]]
-        if None in parts:
-            return None
-        if node[0] == "minus":  # the real line without points
-            gaps = [[(-MP.inf, True, low, False), (low, True, MP.inf, False)] for low, *_ in parts[1]]
-            return functools.reduce(_intersection, gaps, parts[0])
-        pieces = sum(parts, [])
-    elif node[0] == "seq" and len(node) == 4:
+    if node[0] == "seq" and len(node) == 4:
         low, high = _end(node[2], work), _end(node[3], work)
-        if low is None or high is None or low > high:
-            return None
-        pieces = [(low, node[1][0] == "(", high, node[1][1] == "]")]
-    else:
+        return [(low, node[1][0] == "(", high, node[1][1] == "]")] if None not in (low, high) and low <= high else None
+    if node[0] not in ("rel", "set", "union", "list", "minus", "emptyset"):
         return None
+    if node[0] == "rel":
+        parts = [_half_lines(*link, work) for link in _links(node)]
+    else:  # the elements of a set are points
+        parts = [segments(("seq", "[]", x, x) if node[0] == "set" else x, work) for x in node[1:]]
+    if None in parts:
+        return None
+    if node[0] == "rel":
+        return functools.reduce(_intersection, parts)
+    if node[0] == "minus":  # the real line without points
+        gaps = [[(-MP.inf, True, low, False), (low, True, MP.inf, False)] for low, *_ in parts[1]]
+        return functools.reduce(_intersection, gaps, parts[0])
     merged: list = []
-    for piece in sorted(pieces):
+    for piece in sorted(sum(parts, [])):
         if merged and piece[:2] <= merged[-1][2:]:  # touches or overlaps the one before
             if node[0] == "list":  # "x > -2, x < 3": all of it holds
                 return functools.reduce(_intersection, parts)
@@ -994,35 +952,25 @@ def segments(node: tuple, work: Work) -> list | None:
     return merged
 
 
+def _half_lines(sign: str, left: tuple, right: tuple, work: Work) -> list | None:
+    """The pieces where x < 2, 2 <= x, |x| < 2, x ≠ 2 or x ∈ A."""
+    is_below = _is_name(left)  # its name is on the left
+    if sign == "in" and is_below:
+        return segments(right, work)
+    name, end = (left, _end(right, work)) if is_below else (right, _end(left, work))
+    if not _is_name(name) or end is None or sign not in ("<", "<=", "ne"):
+        return None
+    low = -end if name[0] == "abs" else end
+    below, above = (-MP.inf, True, low, sign == "<="), (end, sign != "<=", MP.inf, False)
+    if name[0] == "abs" and is_below:
+        return [(low, sign != "<=", end, sign == "<=")]
+    return [below, above] if sign == "ne" or name[0] == "abs" else [below] if is_below else [above]
+
+
 def _intersection(left: list, right: list) -> list:
     pieces = [(*max(x[:2], y[:2]), *min(x[2:], y[2:])) for x in left for y in right]
     return [(low, missing, high, there) for low, missing, high, there in sorted(pieces)
             if low < high or low == high and there and not missing]
-
-
-def _solved(relation: tuple) -> tuple:
-    """x > 2, 1 < x <= 3 or x in [1,2] as an interval or set; the relation if it is not so simple."""
-    signs, operands = relation[1].split(), relation[2:]
-    if signs == ["in"] and _is_name(operands[0]):
-        return operands[1]
-    if signs == ["ne"] and _is_name(operands[0]):
-        return ("minus", ("seq", "()", ("neg", ("inf",)), ("inf",)), ("set", operands[1]))
-    if len(operands) == 2 and operands[0][0] == "abs" and signs[0] in ("<", "<=", ">", ">="):  # |x| < 2
-        inside, sign = operands[0][1], signs[0]
-        if "<" in sign:
-            return _solved(("rel", f"{sign} {sign}", ("neg", operands[1]), inside, operands[1]))
-        outside = ("rel", sign.replace(">", "<"), inside, ("neg", operands[1])), ("rel", sign, inside, operands[1])
-        return ("union", *map(_solved, outside))
-    if signs[0] in (">", ">="):
-        signs, operands = [sign.replace(">", "<") for sign in reversed(signs)], operands[::-1]
-    if len(operands) == 2 and _is_name(operands[0]):
-        signs, operands = ["<", *signs], (("neg", ("inf",)), *operands)
-    elif len(operands) == 2:
-        signs, operands = [*signs, "<"], (*operands, ("inf",))
-    if len(operands) > 3 or not {"<", "<="} >= set(signs) or not _is_name(operands[1]):
-        return relation
-    brackets = ("[" if signs[0] == "<=" else "(") + ("]" if signs[1] == "<=" else ")")
-    return ("seq", brackets, operands[0], operands[2])
 
 
 def _end(node: tuple, work: Work):
@@ -1133,12 +1081,9 @@ def _links(relation: tuple) -> Iterator[tuple]:
 
 def same_links(a: tuple, b: tuple, work: Work) -> bool:
     """With variables by the difference of the sides, without side by side."""
-    (sign, *left), (other_sign, *right) = a, b
-    if sign != other_sign:
-        return False
-    if any(map(names, left)) and sign != "approx":
-        return proportional(sign, *(("add", x, ("neg", y)) for x, y in (left, right)), work)
-    return all(same(x, y, work) for x, y in zip(left, right))
+    if a[0] == b[0] != "approx" and any(map(names, a[1:])):
+        return proportional(a[0], *(("add", x, ("neg", y)) for _, x, y in (a, b)), work)
+    return a[0] == b[0] and same(a[1], b[1], work) and same(a[2], b[2], work)
 
 
 def proportional(sign: str, a: tuple, b: tuple, work: Work) -> bool:
@@ -1166,13 +1111,10 @@ def same_shapes(a: tuple, b: tuple, work: Work) -> bool | None:
 def same_units(a: tuple, b: tuple, work: Work) -> bool | None:
     if a[0] != "unit" and b[0] != "unit":
         return None
-    if len({unit_of(a), unit_of(b)} - {None}) > 1:
+    units = [node[2] if node[0] == "unit" else node[0] for node in (a, b) if node[0] in ("unit", "%", "degree")]
+    if len(set(units)) > 1:
         return False
     return same(*(node[1] if node[0] == "unit" else node for node in (a, b)), work)
-
-
-def unit_of(node: tuple) -> str | None:
-    return node[2] if node[0] == "unit" else node[0] if node[0] in ("%", "degree") else None
 
 
 def tolerance(a: tuple, b: tuple):
