@@ -14,27 +14,32 @@ accepts, and a string that hangs it or runs code. Hence the choices made here:
 3. Everything is bounded by counting (characters, tokens, depth, digits, steps), never by clocks, signals,
    threads or processes. So a verdict is the same every time and in every thread, and every input gets one.
 
-The conventions, where people may differ:
+The conventions, where people may differ, and [where to change them]:
 
-    no box            reward: no credit. --grade: "####", "the answer is", the last formula or number
-    which box         the last closed \boxed{}, after </think> if there is one there; neighbours joined by ","
-                      "and" "or" are one list; empty, "?" or "..." is no answer
-    percent           28% = 28% = 0.28, and 28% = 28 (the question said "in percent"); but 28 is not 0.28
-    units, currency   ignored if one side has none; two known ones must be the same (not converted)
-    bare letter units the answer 3s (or m, h, g, L) is 3 if the gold is a number; a gold 3s is a variable
-    degrees           90° = 90; inside sin, cos, ... a degree is π/180. Not 90° = π/2
-    lists, sets       without brackets or in {}: any order. ± stands for both values: a list of two
-    tuples            in order; (1,2) = "1, 2" = "x=1, y=2", but not {1,2}
-    intervals         brackets count; unions are merged; x > 2 is (2,∞), 1 < x ≤ 3 is x ∈ (1,3] is (1,3]
-    assignment        x = 5 is 5; but x = 5 is not y = 5, and x² = 4 is not 4
-    equations         equal if one is a constant multiple of the other (positive, for inequalities)
-    rounding          never: 0.333 is not 1/3. A decimal of 14 or more digits is rounded in its last place
-    mixed numbers     3\frac12 and 3 1/2 are 7/2
-    base subscripts   part of the value: 204_5 is not 204_6, nor 204
-    ratios            3:2 = 3/2, but not 6:4; 12:30 is only itself
-    log, roots        log is base 10, ln is natural; odd roots of negative numbers are real
-    i, e, π           always the constants
-    text              letters count, case does not (for words); a choice "C) 12" is "C"
+    no box       reward: no credit. --grade: "####", "the answer is", the last formula or number [_from_prose]
+    which box    the last closed \boxed{}, after </think> if there is one there; neighbours joined by ","
+                 "and" "or" are one list; empty, "?" or "..." is no answer [_last_box]
+    text         what is not mathematics: all of it counts, but for the capital of a word [visible]; "no
+                 solution" is ∅ [REWRITTEN]; a choice "C) 12" is C, and c is the gold C [same_choice]
+    units        words behind a number: known ones [UNITS], or a plural of what is counted, but none that
+                 calculates [NO_UNIT, SCALES]. Ignored if one side has none; two must be the same (not
+                 converted). The answer 3s (m, h, g, L) is 3 if the gold is a number [_bare]
+    percent      28% = 28% = 0.28, and 28% = 28 (it said "in percent"); but 28 is not 0.28 [same_values]
+    degrees      90° = 90; inside sin, cos, ... a degree is π/180. Not 90° = π/2 [call]
+    lists, sets  without brackets or in {}: any order. ± stands for both values: a list of two [same_lists]
+    tuples       in order; (1,2) = "1, 2" = "x=1, y=2" (by name), but not {1,2} [same_assignments]
+    intervals    brackets count; x > 2 is (2,∞), 1 < x ≤ 3 is x ∈ (1,3] is (1,3]; inequalities in a list that
+                 overlap hold together: x > -2, x < 3 [segments]
+    assignment   x = 5 is 5; but x = 5 is not y = 5, x² = 4 not 4, 5 = 6 nothing; f(x) = 2x is y = 2x; the
+                 answer m+n = 5 is the gold 5; of √2 ≈ 1.41 the exact value counts [defined, _bare]
+    equations    a constant multiple (positive, for inequalities); without variables side by side [same_links]
+    f(x)         an unknown for each x if the bracket holds no sum (I(0), P(A)), with f and g always; else a
+                 product, as in n(n+1) [APPLICATION]
+    domains      real, unless there is an i; beside floors, ceilings and powers of -1, n, m, k, ... (i-n, p,
+                 q, M, N) are whole [samples, points]
+    rounding     never: 0.333 is not 1/3. A decimal of 14 or more digits is, in its last place [tolerance]
+    numbers      3\frac12 and 3 1/2 are 7/2; 204_5 is not 204_6, nor 204; 3:2 is no fraction; log is base 10,
+                 ln natural; odd roots of negative numbers are real; i, e, π always the constants
 """
 
 import contextlib
@@ -54,7 +59,7 @@ import mpmath
 from data import files
 
 MAX_CHARS, MAX_TOKENS = 2_000, 800  # of an answer; longer ones are only equal to themselves
-MAX_DEPTH = 30  # of nested groups
+MAX_DEPTH = 32  # of nested groups
 MAX_BITS = 40_000  # of a numerator or denominator: 2006! has 19,000
 MAX_STEPS = 12_000  # of evaluation and comparison, together well below 100 ms
 MAX_RESPONSE = 200_000  # characters of a response that are looked at, from its end
@@ -192,12 +197,11 @@ def _from_prose(text: str) -> str | None:
     before, equals, result = last_line.rpartition("=")
     if equals and (numbers := NUMBER.findall(result) or NUMBER.findall(before)[-1:]):  # or "6 = x"
         return numbers[0]
-    numbers = NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    return (NUMBER.findall(text) or [None])[-1]
 
 
 def _first_answer(text: str) -> str | None:
-    """What follows "the answer is": a formula, a choice letter, mathematics, a number of the sentence, or it."""
+    """What follows "the answer is": a formula, a choice letter, a number of the sentence, or the sentence."""
     if formula := FORMULA.match(text):
         return formula[formula.lastindex]
     if choice := re.match(r"\(?([A-J])\)?(?=[.):,]|\s*$|\s+[^\s\d+*/=<>^_(-])", text):
@@ -208,13 +212,12 @@ def _first_answer(text: str) -> str | None:
     if re.search(r"[\d\\]", formula) or not behind:
         is_more = re.match(r"(?i)(?:or|and|to|plus|minus|times|[ap]\.?m)\b", behind)
         return line if is_more else formula.rstrip(" ,;:([{-−!")
-    numbers = NUMBER.findall(line)
-    return numbers[0] if numbers else line
+    return next(iter(NUMBER.findall(line)), line)
 
 
 # ---- Tokens: (kind, value, is there a space before it?), kinds num, sym, fn, word, text, op ----------------
 
-UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’µ", "****//---''μ") | str.maketrans({"≤": "<=", "⩽": "<=", "≥": ">=",
+UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’", "****//---''") | str.maketrans({"≤": "<=", "⩽": "<=", "≥": ">=",
     "⩾": ">=", "≠": r"\ne ", "≈": r"\approx ", "π": r"\pi ", "θ": r"\theta ", "μ": r"\mu ", "∞": r"\infty ",
     "°": r"\degree ", "º": r"\degree ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
     "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "¢": " cent", "ℝ": r"\mathbb{R}", "∖": r"\setminus "})
@@ -230,27 +233,25 @@ TOKEN = re.compile(rf"(?P<wrapped>{WRAPPER})"
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")  # 1,234,567
 GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,?\\! ?|\\,|\\;|\\ | )(?=\d{3}(?!\d))")  # 10{,}000  10\,000  10 000
 OPERATORS = {word: names.split()[0] for names in (
-    *r"+ - _ { } ! & ' sqrt in cup pm mp setminus over choose lfloor rfloor lceil rceil row".split(),
-    *r"approx or \$ € £ ¥ ₹".split(), "( langle", ") rangle", "* times cdot ast", "/ div", "^ **", "[ lbrack",
-    "] rbrack", r"\{ lbrace", r"\} rbrace", "| lvert rvert vert", "= == equiv", "approx simeq", "< lt", "> gt",
-    "<= le leq leqslant", ">= ge geq geqslant", "ne neq", ": colon", ", ; and", r"% \% percent pct",
+    *r"+ - _ { } ! & ' sqrt in cup pm mp setminus over choose lfloor rfloor lceil rceil row or".split(),
+    *r"\$ € £ ¥ ₹".split(), "( langle", ") rangle", "* times cdot ast", "/ div", "^ **", "[ lbrack",
+    "] rbrack", r"\{ lbrace", r"\} rbrace", "| lvert rvert vert", "= == equiv", "approx simeq", "< lt",
+    "> gt", "<= le leq leqslant", ">= ge geq geqslant", "ne neq", ": colon", ", ; and", r"% \% percent pct",
     "frac dfrac tfrac cfrac nicefrac", "binom dbinom tbinom", "degree circ degrees", "inf infty infinity oo",
     "emptyset varnothing") for word in names.split()}
 COMMANDS = set("in le ne ge lt gt frac cup pm over choose".split())  # operators only behind a backslash
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc log ln lg exp cis".split())
 APPLIED = set("max min gcd lcm".split())
-REFUSED = set("sum prod int iint oint lim dots ldots cdots vdots bmod pmod mod begin end sinh cosh tanh coth".split())
+REFUSED = set("sum prod int iint oint lim dots ldots cdots bmod pmod mod begin end sinh cosh tanh".split())
 UNITS = {word: names.split()[0] for names in (  # plurals of others are units too, but have no other names
-    "mm millimeter", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inche in",
-    "ft foot feet", "yd yard", "mile mi", "ml milliliter", "L l liter litre", "mg milligram", "g gram", "oz ounce",
-    "kg kilogram", "lb pound", "s sec second", "min minute", "hour hr h", "day", "week", "month", "year yr",
-    "unit", "mph", "am", "pm", "cent", "$ \\$ dollar usd buck", "€ euro eur", "£ gbp", "¥ yen", "₹ rupee", "N newton",
-    "J joule", "W watt", "V volt", "A amp", "K kelvin", "C celsius", "F fahrenheit", "Hz", "mu", "people children men",
+    "mm millimeter", "cm centimeter", "m meter metre", "km kilometer", "inch inche in", "ft foot feet",
+    "yd yard", "mi mile", "ml milliliter", "L l liter litre", "mg milligram", "g gram", "kg kilogram",
+    "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "year yr", "$ \\$ dollar usd buck",
+    "€ euro", "£ gbp", "¥ yen", "₹ rupee", *"day week month unit mph am pm cent N J W V A K C F Hz mu people".split(),
     ) for word in names.split()}
-KNOWN, CURRENCIES = set(UNITS.values()), ("\\$", "€", "£", "¥", "₹")
-LETTER_UNITS = [("sym", letter) for letter in "smhgL"]
-SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12, half=Fraction(1, 2),
-              halve=Fraction(1, 2), tenth=Fraction(1, 10), hundredth=Fraction(1, 100), thousandth=Fraction(1, 1000))
+CURRENCIES = ("\\$", "€", "£", "¥", "₹")
+SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12)
+SCALES |= {word: Fraction(1, n) for word, n in dict(half=2, halve=2, tenth=10, hundredth=100).items()}
 NO_UNIT = re.compile(  # words that do something to a number
     r"plu|minu|time|over|by|more|les|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|otherwise|"
     r"except|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*[iu]s?u|power|negative|"
@@ -258,14 +259,14 @@ NO_UNIT = re.compile(  # words that do something to a number
 
 
 def tokenize(text: str, words: str = "word") -> list[tuple[str, str, bool]]:
-    r"""words: the kind of words here, "text" inside of \text{...}; there a letter may be a unit, a point is nothing."""
+    r"""words: the kind of words, "text" in \text{...}; there a letter may be a unit, a point is nothing."""
     tokens, spaced = [], False
     for match in TOKEN.finditer(text):
         kind, value = match.lastgroup, match[0]
         if kind == "wrapped":
             tokens[-1:] = [("letter", "mu", False)] if tokens and tokens[-1][1] == "mu" else tokens[-1:]
-            content = match[2] if re.search(r"\d", match[2]) else match[2].replace(".", "").strip(" -()~")
-            tokens += tokenize(content, "text")
+            content = match[2] if re.search(r"\d", match[2]) else match[2].replace(".", "").strip(" ()~")
+            tokens += tokenize(content.removeprefix("-") if len(content) > 2 else content, "text")
         elif kind in ("env", "row"):
             tokens.append(("op", {"b": "begin", "e": "end"}.get(value[1], "row"), spaced))
         elif kind != "skip":
@@ -313,8 +314,7 @@ class Parser:
         self.applied = {"f", "g", "F", "G", *APPLIED, *applied}
 
     def peek(self, *values: str) -> bool:
-        kind, value, _ = self.tokens[self.at]
-        return kind == "op" and value in values
+        return self.tokens[self.at][0] == "op" and self.tokens[self.at][1] in values
 
     def take(self, *values: str) -> str | None:
         found = self.peek(*values)
@@ -341,9 +341,8 @@ class Parser:
         while sign := self.take(*between):
             signs.append(sign)
             nodes.append(_signed(sign, rule()))
-        if not signs:
-            return nodes[0]
-        return (kind, " ".join(signs), *nodes) if kind == "rel" else (kind, *nodes)
+        head = (kind, " ".join(signs)) if kind == "rel" else (kind,)
+        return (*head, *nodes) if signs else nodes[0]
 
     def answer(self) -> tuple:
         items = self.items()
@@ -378,18 +377,16 @@ class Parser:
         return ("unit", node, unit) if unit else node
 
     def unit(self) -> str:
-        r"""The unit behind a value, as in `5 square inches`, `100 km/h` or `15\text{ cm}^2`; "" if there is none."""
+        r"""The unit behind a value, as in `5 square inches`, `100 km/h` or `15\text{ cm}^2`, or ""."""
         words: list[str] = []
         while True:
             kind, value, _ = self.tokens[self.at]
-            behind_sign = words and words[-1] in ("*", "/", "^", "{", "-")
-            if not (kind in ("text", "word", "letter") or kind in ("num", "sym") and behind_sign or words and (
-                    self.peek("*", "/", "^", "{", "-") or value == "}" and "{" in words[-3:]) or (
-                    not words and value in CURRENCIES)):
-                break
+            is_sign = value in ("*", "/", "^", "{", "-") or value == "}" and "{" in words[-3:]
+            if not (kind in ("text", "word", "letter") or (is_sign if words else value in CURRENCIES) or (
+                    kind in ("num", "sym") and words and words[-1] in ("*", "/", "^", "{", "-"))):
+                return _unit(words) if words else ""
             words.append(value)
             self.at += 1
-        return _unit(" ".join(words)) if words else ""
 
     def sum(self) -> tuple:
         return self.chain("add", self.term, "+", "-", "pm", "mp")
@@ -410,10 +407,6 @@ class Parser:
                 factors.append(("inv", factor) if sign == "/" else factor)
             else:
                 break
-        matrices = [factor for factor in factors if factor[0] == "matrix"]
-        if len(matrices) == 1 and len(factors) > 1:  # a number times a matrix
-            factors.remove(matrices[0])
-            return ("matrix", *(("row", *(("mul", *factors, cell) for cell in row[1:])) for row in matrices[0][1:]))
         return ("mul", *factors) if len(factors) > 1 else factors[0]
 
     def follows_factor(self, factors: list) -> bool:
@@ -421,8 +414,8 @@ class Parser:
         (n2^{n-1}): `x2` is no product."""
         kind, value, spaced = self.tokens[self.at]
         if kind == "num":
-            before, sign, *behind = [value for _, value, _ in self.tokens[self.at - 1 : self.at + 4] if value != "{"]
-            return before in (")", "}", "!") or behind[:1] == ["^"] and (spaced or not behind[1].isdigit())
+            before, _, sign, *power = (t[1] for t in self.tokens[self.at - 1 : self.at + 4] if t[1] != "{")
+            return before in (")", "}", "!") or sign == "^" and (spaced or not power[0].isdigit())
         if kind == "word":  # letters to multiply, unless it is the unit of what came before
             return UNITS.get(value) is None and (value.isupper() or not (spaced and len(value) > 2))
         if kind == "letter":
@@ -443,22 +436,21 @@ class Parser:
     def atom(self) -> tuple:
         kind, value, _ = self.tokens[self.at]
         self.at += 1
-        rules = {"num": self.number, "sym": self.name, "letter": self.name, "fn": self.function, "word": self.word}
+        rules = dict(num=self.number, sym=self.name, letter=self.name, fn=self.function, word=self.word)
         return rules.get(kind, self.bracketed)(value)
 
     def bracketed(self, opening: str) -> tuple:
         """What starts with a sign or a command that takes arguments."""
         if opening in CLOSING:
             return self.group(opening)
-        if opening == "frac":
-            return ("mul", self.argument(), ("inv", self.argument()))
-        if opening == "binom":
-            return ("binom", self.argument(), self.argument())
+        if opening in ("frac", "binom"):
+            top, bottom = self.argument(), self.argument()
+            return ("mul", top, ("inv", bottom)) if opening == "frac" else ("binom", top, bottom)
         if opening == "sqrt":
             root = self.group("[") if self.take("[") else ("num", Fraction(2))
             return ("pow", self.nested(self.atom), ("inv", root))
         if opening in CURRENCIES:
-            return ("unit", self.product(), _unit(opening))
+            return ("unit", self.product(), _unit([opening]))
         if opening in AROUND:
             self.bars += opening == "|"
             node = ("abs" if opening == "|" else opening, self.sum())
@@ -518,7 +510,8 @@ class Parser:
         while mark := self.take("_", "'"):
             name += "_" + self.subscript() if mark == "_" else mark
         plain = name.partition("_")[0].rstrip("'")
-        if plain in CONSTANTS or not {plain, name[0]} & self.applied or not self.peek("(", "\\{" * (name in APPLIED)):
+        is_applied = plain in self.applied and plain not in CONSTANTS
+        if not is_applied or not self.peek("(", "\\{" if plain in APPLIED else "("):
             return ("sym", name)
         opening, arguments = self.take("(", "\\{"), self.nested(self.items)
         self.expect(*CLOSING[opening])
@@ -526,16 +519,15 @@ class Parser:
 
     def subscript(self) -> str:
         ahead = [value for _, value, _ in self.tokens[self.at :]]
-        braced = self.take("{")
-        end = ahead.index("}") if braced else 0
-        self.at += max(end, 1)
-        return " ".join(ahead[1:end]) if braced else ahead[0]
+        end = ahead.index("}") if ahead[0] == "{" else 0
+        self.at += end + 1
+        return " ".join(ahead[1:end]) or ahead[0]
 
     def word(self, word: str) -> tuple:
-        """Letters without a space: a product (`xy`), or the name of a figure (`ABC`). Other words are text."""
+        """Letters without a space: a product (`xy`), or the name of a figure (`ABC`); else it is text."""
         if len(word) > 2 and word.isupper():
             currency = self.tokens[self.at][0] == "num" and UNITS.get(word.casefold())  # USD 5
-            return ("unit", self.power(), _unit(word)) if currency else ("sym", word)
+            return ("unit", self.power(), _unit([word])) if currency else ("sym", word)
         if len(word) > 4 or len(word) > 2 and not word.islower() or word == "no":
             raise ValueError
         self.tokens[self.at - 1 : self.at] = [("sym", letter, False) for letter in word]
@@ -550,43 +542,37 @@ class Parser:
             argument = self.nested(self.atom)
         else:  # \sin 2x \cos x: everything up to the next function, bracket or sign
             factors = [_signed(self.take("-"), self.power())]
-            while self.follows_factor(factors) and self.tokens[self.at][0] != "fn" and not self.peek("(", "begin"):
+            while self.follows_factor(factors) and not self.peek("(", "begin"):
+                if self.tokens[self.at][0] == "fn":
+                    break
                 factors.append(self.power())
             argument = ("mul", *factors)
         node = ("call", name, argument, base) if base else ("call", name, argument)
         return ("pow", node, power) if power else node
 
 
-def _unit(text: str) -> str:
-    """The names of a unit with their powers: `m s ^ { - 1 }` and `m / s` are "m1 s-1". Known ones, or at least a
-    plural, as what is counted is (`5 students`); ValueError for words that may change the value (`5 squared`)."""
-    powers: dict[str, int] = {}
-    sign, square, name, is_plural = 1, 1, "", False
-    for exponent, word in re.findall(r"\^[{ ]*((?:- )?\d{1,3})(?: })?|(\\\$|[^\W\d_]+|\S)", text):
-        if exponent:
-            powers[name] *= int(exponent.replace(" ", ""))
-        elif word in ("*", "/", "per"):
-            sign = 1 if word == "*" else -1
-        elif word in ("square", "sq", "cubic"):
-            square = 3 if word == "cubic" else 2
-        else:
-            singular = word.casefold().removesuffix("s") if len(word) > 2 else word
-            name = UNITS.get(word) or UNITS.get(word.casefold()) or UNITS.get(singular) or singular
-            powers[name] = powers.get(name, 0) + sign * square
-            sign, square, is_plural = 1, 1, word[-1] == "s"
-            if name not in KNOWN and (not word.isalpha() or NO_UNIT.fullmatch(name)):
-                raise ValueError
-    if not powers or sign < 0 or name not in KNOWN and not is_plural:
+def _unit(words: list[str]) -> str:
+    """A unit as text, each name in its first form. Known ones, or at least plurals, like what is counted
+    (`5 students`); ValueError for words that may change a value (`5 squared`)."""
+    unit, is_unit = "", False
+    for word in words:
+        singular = word.casefold().removesuffix("s") if len(word) > 2 else word
+        name = UNITS.get(word) or UNITS.get(word.casefold()) or UNITS.get(singular)
+        if word.isalpha():
+            is_unit = name is not None or word[-1] == "s"
+        if name is None and NO_UNIT.fullmatch(singular):
+            raise ValueError
+        unit += " " * word.isalpha() + (name or singular) * (word not in "{}")
+    if not is_unit and words[0] not in CURRENCIES:
         raise ValueError
-    return " ".join(f"{name}{power}" for name, power in sorted(powers.items()))
+    return unit.strip().replace(" per ", "/ ")
 
 
 def _num(digits: str) -> tuple:
     if len(digits) > 1_000:
         raise ValueError
-    if re.search(r"[.eE]", digits):  # ("num", value, count of significant digits)
-        return ("num", Fraction(digits), len(re.sub(r"[eE].*|\.", "", digits).lstrip("0")))
-    return ("num", Fraction(digits))
+    significant = re.sub(r"[eE].*|\.", "", digits).lstrip("0")  # of a decimal they are counted
+    return ("num", Fraction(digits), *([] if digits.isdigit() else [len(significant)]))
 
 
 def _signed(sign: str | None, node: tuple) -> tuple:
@@ -675,6 +661,8 @@ def exact(x) -> Fraction:
 
 UNARY = {"neg": lambda x: -x, "inv": lambda x: 1 / x, "abs": abs, "unit": lambda x: x,
          "lfloor": lambda x: Fraction(math.floor(exact(x))), "lceil": lambda x: Fraction(math.ceil(exact(x)))}
+ARCS = {"arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan, "arccot": lambda x: MP.pi / 2 - MP.atan(x),
+        "arcsec": lambda x: MP.acos(1 / x), "arccsc": lambda x: MP.asin(1 / x)}
 
 
 def value(node: tuple, work: Work):
@@ -711,10 +699,10 @@ def power(base, exponent, work: Work):
     is_whole = isinstance(exponent, Fraction) and exponent.denominator == 1
     if is_whole and isinstance(base, Fraction):
         size = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if not base and exponent <= 0 or size > 1 and size * abs(exponent) > MAX_BITS:
-            raise ArithmeticError
-        if not base:
+        if not base and exponent > 0:
             return ZERO
+        if not base or size > 1 and size * abs(exponent) > MAX_BITS:
+            raise ArithmeticError
         # ±1 to a huge power is the one case that would get past the size check
         return settled(base ** (int(exponent) if size > 1 else int(exponent) % 2), work)
     if is_whole and abs(exponent) <= 12:
@@ -745,16 +733,10 @@ def counting(kind: str, arguments: list[Fraction], work: Work) -> Fraction:
     return Fraction(math.factorial(n) if kind == "!" else math.comb(n, k))
 
 
-ARCS = {"arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan, "arccot": lambda x: MP.pi / 2 - MP.atan(x),
-        "arcsec": lambda x: MP.acos(1 / x), "arccsc": lambda x: MP.asin(1 / x)}
-
-
 def applied(name: str, arguments: list, work: Work):
-    """max and min; any other function is an unknown that depends on its arguments, scattered by a checksum."""
+    """max and min; any other function is an unknown that its arguments determine, by a checksum."""
     if name in ("max", "min") and not any(x.imag for x in arguments):
         return (max if name == "max" else min)(arguments)
-    if name == "gcd" or name == "lcm":
-        return Fraction(getattr(math, name)(*(exact(x).numerator for x in arguments)))
     digits = [x if isinstance(x, Fraction) else MP.nstr(x, 30) for x in arguments]
     work.spend(20)
     return Fraction(zlib.crc32(f"{name} {work.names[name + '(']} {digits}".encode()), 2**29) + 1
@@ -787,20 +769,28 @@ def call(node: tuple, work: Work):
 
 # ---- Equality: texts, then the rules of `same` for trees ---------------------------------------------------
 
+REAL_SETS = {"union", "minus", "emptyset", "rel", "[]", "[)", "(]"}
+WHOLE = [*range(1, 38), *(n + k for n in (49, 64, 81, 100, 128, 1000, 1024) for k in (-1, 0, 1)), 10**6]
+
+
+def _mixed(found: re.Match) -> str:
+    whole, top, bottom = filter(None, found.groups())
+    return f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else found[0]
+
 
 REWRITTEN = [(re.compile(pattern), new) for pattern, new in (
-    (r"\^\s*\{?\\prime\}?", "'"), (r"\^\s*\{?\*\}?(?!\*)", "_{*}"),
+    (r"\^\s*\{?\\prime\}?", "'"), (r"\^\s*\{?\*\}?(?!\*)", "_{*}"), (r"\\text\{ ?out of ?\}|\bout of\b", "/"),
     (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1].lower()}m"),  # 4:30 P.M.
     (r"(?<![\w.^}])(\d+)(?:\s*\\[dtc]?frac\s*(?:\{(\d{1,20})\}|(\d))\s*(?:\{(\d{1,20})\}|(\d))"
-     r"| +(\d{1,20})/(\d{1,20}))(?![\d.])", lambda m: _mixed(m[0], *filter(None, m.groups()))),
-    (r"(^|,)\s*(\\text\s*\{[^{}=<>,]*\}[^=<>,]*|[A-Za-z]{4,}[^=<>,\\\d]*)=", r"\1\\label_{\2}="),  # Number of ways = 5
+     r"| +(\d{1,20})/(\d{1,20}))(?!\.?\d)", _mixed),
+    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m:  # 0.1\overline{6}
+     f"({int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0)}/{'9' * len(m[3])}{'0' * len(m[2])})"),
+    (r"(^|,)\s*(\\text\s*\{[^{}=<>,]*\}[^=<>,]*|[A-Za-z]{4,}[^=<>,\\\d]*)=", r"\1\\label_{\2}="),  # Area = 5
     (r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase\s*\}?\s*(\d+)\)?\s*\}?", r"_{\1}"),
-    (r"\\text\s*\{\s*out of\s*\}|\bout of\b", "/"),
-    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m: "(%d/%s)" % (  # 0.1\overline{6}
-        int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0), "9" * len(m[3]) + "0" * len(m[2]))),
     (r"(?i)^(?:\\text\s*\{)?(?:the set of )?all real(?: number)?s\}?$", r"\\mathbb{R}"),
     (r"(?i)^(?:\\text\s*\{)?no (?:real )?solutions?\}?$", r"\\emptyset"),
     (r"(\\mathbb\s*\{?R\}?)\s*(?:-|\\backslash)\s*(?=\\\{)", r"\1\\setminus"),
+    (r"\b(?:square|sq\.?) +([A-Za-z]+)", r"\1^2"),
     (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
     (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))", r"\\degree "),
     (r"(\\degree)\s*([CF])\b(?!\s*\})", r"\1\\text{\2}"),
@@ -810,19 +800,18 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (
     (r"^\\\{\s*[a-z]\s*(?:\\in\s*\(-\\infty,\\infty\))?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 2}
     (r"(.)[,\s]*\(?\s*\b[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", r"\1"),  # k ∈ Z
 )]
-_mixed = lambda text, whole, top, bottom: f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else text  # noqa: E731
 LABEL = re.compile(  # what only says that the answer comes
-    r"(?i)(\\text\s*\{)?\s*(?:the |my )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?:?\s*(?(1)\})(?=.)(?!\s*=)"
-    r"|\s*(?:=|\\approx|\\sim|\\therefore)")
+    r"(?i)(\\text\s*\{)?\s*(?:the |my )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?:?\s*(?(1)\})"
+    r"(?=.)(?!\s*=)|\s*(?:=|\\approx|\\sim|\\therefore)")
 TAIL = re.compile(r"\\*(?:[,;:! ]\\|dauqq?\\|[~\s.,:;])*")  # backwards
 
 
 def clean(text: str) -> str:
     """Without the wrapping: boxes, dollars, bold, what only says that it is the answer, the final stop."""
     if not text.isascii():
-        text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0]}}}", re.sub("[₀-₉]+", lambda m: f"_{{{m[0]}}}", text))
-        text = re.sub("[¼-¾⅐-⅞]", lambda m: r"\frac{%s}{%s}" % (*unicodedata.normalize("NFKC", m[0]).split("⁄"),), text)
-        text = unicodedata.normalize("NFKC", text.translate(UNICODE)).translate(UNICODE)
+        text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text.translate(UNICODE)))
+        text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r"\\frac{\g<0>}", text))  # 3\frac{1⁄2}
+        text = re.sub(r"(\\frac\{\d)⁄", r"\1}{", text).translate(UNICODE)
     text = re.sub(r"(?s)\\(?:boxed|fbox)\s*\{(.*)\}", r"\1", text.removeprefix("**").removesuffix("**"))
     text = text.strip()
     if whole := re.fullmatch(r"\$+([^$]*[^$\\])\$+[\s.,:;]*|\\[\[(](.*)\\[\])]|" + WRAPPER, text, re.S):
@@ -835,8 +824,7 @@ def clean(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    r"""An answer as text, without what LaTeX does not show. `Even` and `even`, `No` and `no` are the same, but
-    not `AB` and `ab`."""
+    """What there is to see of a text. `Even` is `even`, `No` is `no`, but `AB` is not `ab`."""
     text = re.sub(WRAPPER, r" \1 ", text)
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;!:]|\$|~", " ", text)
     text = re.sub(r"\b(?:[A-Z][a-z]{2,}|No|NO|YES|TRUE|FALSE)\b", lambda m: m[0].lower(), text)
@@ -860,11 +848,12 @@ def is_prose(text: str) -> bool:
 
 def _bare(a: tuple, gold: tuple) -> tuple:
     """3s as 3, m+n=371 as 371: only in an answer, where the gold is known to be no equation nor variable."""
-    if a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and a[2] in LETTER_UNITS and not names(gold):
-        return ("unit", a[1], _unit(a[2][1]))
-    if a[:2] == ("rel", "=") and len(a) == 4 and "rel" not in kinds(gold) and names(a[2]) and not names(a[3]):
-        return a if {"num", "pow", "call"} & kinds(a[2]) else a[3]
-    return a
+    is_number = a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and not names(gold)
+    if is_number and a[2][1] in ("s", "m", "h", "g", "L"):
+        return ("unit", a[1], _unit([a[2][1]]))
+    is_equation = a[:2] == ("rel", "=") and len(a) == 4 and "rel" not in kinds(gold)
+    is_named = is_equation and names(a[2]) and not names(a[3]) and not {"num", "pow", "call"} & kinds(a[2])
+    return a[3] if is_named else a
 
 
 @functools.lru_cache(maxsize=2048)
@@ -876,8 +865,8 @@ def names(node: tuple) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=2048)
 def kinds(node: tuple) -> frozenset:
-    """The kinds of nodes in a tree and its numbers; "i", "root" (of even degree), "sign" (a power of -1)."""
-    own = {node[0], node[1]} if node[0] == "num" else {"i"} if node == ("sym", "i") else {node[0]}
+    """A tree's kinds of nodes, numbers, brackets; "i", "root" (of even degree), "sign" (a power of -1)."""
+    own = {"i"} if node == ("sym", "i") else {*node[:2]} if node[0] in ("num", "seq") else {node[0]}
     if node[0] == "inv" and node[1][0] == "num" and node[1][1] % 2 == 0:
         own.add("root")
     if node[0] == "pow" and node[1][0] == "neg" and not names(node[1]) and names(node[2]):
@@ -893,8 +882,8 @@ def assignments(node: tuple) -> dict | None:
     elif node[0] == "list" and all(child[:2] == ("rel", "=") and len(child) == 4 for child in node[1:]):
         pairs = [child[2:] for child in node[1:]]
     found = dict(pairs)
-    is_one = len(found) == len(pairs) > 1 and all(name[0] == "sym" and name[1] not in CONSTANTS for name in found)
-    return {name[1]: found[name] for name in sorted(found)} if is_one else None
+    are_names = len(found) == len(pairs) > 1 and all(name[0] == "sym" for name in found)
+    return {name[1]: found[name] for name in sorted(found)} if are_names else None
 
 
 def same_assignments(a: tuple, b: tuple, work: Work) -> bool | None:
@@ -904,30 +893,25 @@ def same_assignments(a: tuple, b: tuple, work: Work) -> bool | None:
         return False
     if not (left or right) or not (left or "rel" not in kinds(a)) or not (right or "rel" not in kinds(b)):
         return None
-    return same(*(("seq", "()", *named.values()) if named else node for named, node in ((left, a), (right, b))), work)
+    a, b = (("seq", "()", *named.values()) if named else node for named, node in ((left, a), (right, b)))
+    return same(a, b, work)
 
 
 def same_sets(a: tuple, b: tuple, work: Work) -> bool | None:
     """Intervals, unions, inequalities in one variable, as sorted lists of pieces of the real line."""
     both_relations = a[0] == b[0] == "rel" and "in" not in (a[1], b[1])
-    if not (_is_real_set(a) or _is_real_set(b)) or both_relations or len(names(a) | names(b)) > 1:
+    if not REAL_SETS & (kinds(a) | kinds(b)) or both_relations or len(names(a) | names(b)) > 1:
         return None
     pieces = segments(a, work), segments(b, work)
     return None if None in pieces else pieces[0] == pieces[1]
-
-
-def _is_real_set(node: tuple) -> bool:
-    if node[0] == "list":
-        return all(child[0] == "rel" and _is_real_set(child) for child in node[1:])
-    return node[0] in ("union", "minus", "emptyset") or node[0] == "seq" and len(node) == 4 and node[1] != "()" or (
-        node[0] == "rel" and not {"=", "approx"} & set(node[1].split()))
 
 
 def segments(node: tuple, work: Work) -> list | None:
     """[(low, is low missing?, high, is high there?)], or None if the tree is not a set of real numbers."""
     if node[0] == "seq" and len(node) == 4:
         low, high = _end(node[2], work), _end(node[3], work)
-        return [(low, node[1][0] == "(", high, node[1][1] == "]")] if None not in (low, high) and low <= high else None
+        is_one = None not in (low, high) and low <= high
+        return [(low, node[1][0] == "(", high, node[1][1] == "]")] if is_one else None
     if node[0] not in ("rel", "set", "union", "list", "minus", "emptyset"):
         return None
     if node[0] == "rel":
@@ -978,19 +962,15 @@ def _end(node: tuple, work: Work):
     sign, inner = (-1, node[1]) if node[0] == "neg" else (1, node)
     if inner == ("inf",):
         return sign * MP.inf
-    work.names, work.degree = {}, ONE
-    try:
-        number = MP.convert(value(node, work))
-    except (ArithmeticError, KeyError):
-        return None
-    return None if number.imag else MP.mpf(number, dps=40)
+    number = next((x for x, _ in samples(node, node, work)), None) if not names(node) else None
+    return None if number is None or number.imag else MP.mpf(MP.convert(number), dps=40)
 
 
 def _is_name(node: tuple) -> bool:
     r"""Does it only name something: x, AB, f(2), |AB|, \angle ABC, V_1:V_2, \frac{AO}{BO}, (x, y)?"""
     if node[0] in ("sym", "apply"):
         return True
-    if node[0] == "mul" and any(child[0] == "sym" and len(child[1]) == 1 and child[1].islower() for child in node[1:]):
+    if node[0] == "mul" and any(child[0] == "sym" and "a" <= child[1] <= "z" for child in node[1:]):
         return False  # xy = 5 is an equation
     inner = [child for child in node[1:] if isinstance(child, tuple)]
     return node[0] in ("mul", "inv", "abs", "ratio", "seq") and all(_is_name(child) for child in inner)
@@ -1005,14 +985,13 @@ def same_lists(a: tuple, b: tuple, work: Work) -> bool | None:
         return None
     if left is None or right is None:  # a list is one answer only if all its items are that answer
         items, single = (left, b) if right is None else (right, a)
-        return bool(items) and (len(items) == 1 or items[0][0] != "rel") and all(same(item, single, work) for item in items)
+        is_one = items and (len(items) == 1 or items[0][0] != "rel")
+        return bool(is_one) and all(same(item, single, work) for item in items)
     return matched(left, right, lambda x, y: same(x, y, work))
 
 
 def members(node: tuple) -> list[tuple] | None:
     """The elements of a list or set, with both values of every ±; None if it is neither."""
-    if node[:2] == ("rel", "in") and _is_name(node[2]):
-        return members(node[3])
     if node[0] in ("list", "set", "emptyset"):
         nested = [members(child) if child[0] != "set" else [child] for child in node[1:]]
         return [item for child, inner in zip(node[1:], nested) for item in inner or [child]]
@@ -1030,8 +1009,7 @@ def matched(left: Iterable, right: Iterable, equal: Callable) -> bool:
     """Can the items of two lists be paired off? Greedily: equal to the same thing is equal to each other."""
     right = list(right)
     for item in left:
-        match = next((i for i, other in enumerate(right) if equal(item, other)), None)
-        if match is None:
+        if (match := next((i for i, other in enumerate(right) if equal(item, other)), None)) is None:
             return False
         del right[match]
     return not right
@@ -1046,7 +1024,6 @@ def same_relations(a: tuple, b: tuple, work: Work) -> bool | None:
             return True
         if None in (left, right):
             return False
-        # f(x) = 2x and y = 2x define the same, x = 5 and y = 5 do not
         one_y = ("sym", "y") in (left[0], right[0]) and "apply" in (left[0][0], right[0][0])
         return (left[0] == right[0] or one_y) and same(left[1], right[1], work)
     definition, other = (left, b) if a[0] == "rel" else (right, a)
@@ -1054,13 +1031,12 @@ def same_relations(a: tuple, b: tuple, work: Work) -> bool | None:
 
 
 def defined(relation: tuple, work: Work) -> tuple[tuple, tuple] | None:
-    r"""(name, value) of x = 5, of \frac{10}{2} = 5, of 2\sqrt{2} \approx 2.83; None of an equation, 5 = 6 or 5 ≈ 7."""
+    r"""(name, value) of x = 5, 10/2 = 5, \sqrt{2} \approx 1.41; None of an equation, 5 = 6 or 5 \approx 7."""
     if relation[0] != "rel":
         return None
     signs, sides = relation[1].split(), relation[2:]
     if signs[-1] == "approx" and not names(sides[-2]):
-        pairs = samples(*(side[1] if side[0] == "unit" else side for side in sides[-2:]), work)
-        if any(abs(x - y) * 10 > abs(x) for x, y in pairs):
+        if any(abs(x - y) * 10 > abs(x) for x, y in samples(*sides[-2:], work)):
             return None
         signs, sides = signs[:-1], sides[:-1]
     if not {"=", "approx"} >= set(signs) and signs != ["in"]:
@@ -1111,8 +1087,8 @@ def same_shapes(a: tuple, b: tuple, work: Work) -> bool | None:
 def same_units(a: tuple, b: tuple, work: Work) -> bool | None:
     if a[0] != "unit" and b[0] != "unit":
         return None
-    units = [node[2] if node[0] == "unit" else node[0] for node in (a, b) if node[0] in ("unit", "%", "degree")]
-    if len(set(units)) > 1:
+    units = {node[2:] or node[:1] for node in (a, b) if node[0] in ("unit", "%", "degree")}
+    if len(units) > 1:
         return False
     return same(*(node[1] if node[0] == "unit" else node for node in (a, b)), work)
 
@@ -1125,40 +1101,34 @@ def tolerance(a: tuple, b: tuple):
 
 
 def samples(a: tuple, b: tuple, work: Work) -> Iterator[tuple]:
-    """Pairs of values of two trees at points; one pair if there is no variable. With variables and without i all
-    is real: branches of roots and logarithms of negative numbers differ between equal forms."""
+    """Pairs of values of two trees at points; one pair if there is no variable. With variables and without i
+    all is real: branches of roots and logarithms of negative numbers differ between equal forms."""
     both = sorted(names(a) | names(b))
     work.is_real = bool(both) and "i" not in kinds(a) | kinds(b)
     for point in points(both, kinds(a) | kinds(b)) if both else ((),):
         work.names, work.degree = dict(zip(both, point)), ONE
-        try:
+        with contextlib.suppress(ArithmeticError, KeyError):
             yield value(a, work), value(b, work)
-        except (ArithmeticError, KeyError):
-            continue
-
-
-WHOLE = [*range(1, 21), 24, 25, 26, 27, 30, 31, 32, 33, 35, 36, 37, 48, 49, 50, 63, 64, 65, 80, 81, 82, 99, 100,
-         101, 127, 128, 129, 1000, 1023, 1024, 1025, 10**4, 10**5, 10**6]  # both sides of squares, powers of two
 
 
 def points(both: list[str], every: frozenset) -> Iterator[list[Fraction]]:
-    """Three points below 1, three more of fractions, three whole, three negative. Where a tree has a step, a sign
-    or a bend: on both sides of whole numbers and of its own numbers, and far away."""
+    """Three points below 1, three more of fractions, three whole, three negative. Where a tree has a step, a
+    sign or a bend: on both sides of whole numbers and of its own numbers, and far away."""
     is_stepped = bool(every & {"lfloor", "lceil", "sign"})
     whole = [is_stepped and name[0] in "ijklmnpqMN" for name in both]
     for point in range(12):
-        scattered = [(point * 7919 + k * 104_729 + 12_345) * 2_654_435_761 % 2**32 >> 12 for k in range(len(both))]
-        yield [Fraction(2 + x % 23) if is_whole or 6 <= point < 9 else
-               Fraction(1 + x % (10 if point < 3 else 40), 11 if point < 6 else -13)
+        count, below = 10 if point < 3 else 40, 11 if point < 6 else -13
+        scattered = ((point * 7919 + k * 104_729 + 12_345) * 2_654_435_761 % 2**32 >> 12 for k in range(9999))
+        yield [Fraction(2 + x % 23) if is_whole or 6 <= point < 9 else Fraction(1 + x % count, below)
                for x, is_whole in zip(scattered, whole)]
     if not is_stepped and not every & {"abs", "root", "apply"}:
         return
     ends = sorted(x for x in every if isinstance(x, Fraction) and abs(x) < 10**12)[:12]
-    near = [x + Fraction(side, 7) for x in (*ends, *(-x for x in ends), *(WHOLE if is_stepped else (1000, 10**6, -1000)))
-            for side in (-1, 0, 1)]
-    for point in range(len(WHOLE) if is_stepped else len(near)):
-        yield [Fraction(WHOLE[point * (2 * k + 1) % 53]) if is_whole else near[point * (6 * k + 1) % len(near)]
-               for k, is_whole in enumerate(whole)]
+    far = WHOLE if is_stepped else (1000, 10**6, -1000)
+    near = [x + Fraction(side, 7) for x in (*ends, *(-x for x in ends), *far) for side in (-1, 0, 1)]
+    for point in range(len(far) if is_stepped else len(near)):
+        yield [Fraction(WHOLE[point * (2 * k + 1) % 59]) if is_whole else
+               near[point * (6 * k + 1) % len(near)] for k, is_whole in enumerate(whole)]
 
 
 # ---- Evaluation of checkpoints. torch is imported only here, so that `import verify` stays light -----------
