@@ -35,8 +35,7 @@ The conventions, where people may differ, and [where to change them]:
     equations    a constant multiple (positive, for inequalities); without variables side by side [same_links]
     f(x)         an unknown for each x if the bracket holds no sum (I(0), P(A)), with f and g always; else a
                  product, as in n(n+1) [APPLICATION]
-    domains      real, unless there is an i; beside floors, ceilings and powers of -1, n, m, k, ... (i-n, p,
-                 q, M, N) are whole [samples, points]
+    domains      real, unless there is an i; n, m, k (i-n, p, q, M, N) whole by floors, powers of -1 [points]
     rounding     never: 0.333 is not 1/3. A decimal of 14 or more digits is, in its last place [tolerance]
     numbers      3\frac12 and 3 1/2 are 7/2; 204_5 is not 204_6, nor 204; 3:2 is no fraction; log is base 10,
                  ln natural; odd roots of negative numbers are real; i, e, π always the constants
@@ -99,10 +98,9 @@ def is_equivalent(answer: str, gold: str) -> bool:
     if visible(answer) == visible(gold) != "" or same_choice(answer, gold):
         return True
     a, b = parse(answer), parse(gold)
-    if a is None or b is None or is_prose(answer) and is_prose(gold):
-        return False  # as texts they differ
+    is_text = None in (a, b) or is_prose(answer) and is_prose(gold)
     with contextlib.suppress(OutOfSteps, ArithmeticError, RecursionError):
-        return same(_bare(a, b), b, Work())
+        return not is_text and same(_bare(a, b), b, Work())
     return False
 
 
@@ -140,15 +138,15 @@ JOINT = re.compile(  # what may stand between two boxes of one list
 RUN_ON = re.compile(r"<\|[a-z_]+\|>|</s>|\n[ \t]*(?:Problem|Question|User|Human|Q):")  # the model went on
 ANSWER_IS = re.compile(
     r"(?i)(?:answer|correct (?:choice|option)|答案|respuesta|réponse|antwort|resposta|ответ)"
-    r"(?:\s*(?:is|are|es|est|ist|é|是|为)\b\s*:?|\s*[:：=]|\s*\n|\s*(?=[$\\]))\s*(?:the final answer is)?\s*"
-    r"|\b(?:pick|choose)\s+(?=(?-i:\(?[A-J]\b))|(?=(?-i:\b[A-J]) is correct)")
+    r"(?:\s*(?:is|are|(?:must|should) be|es|est|ist|é|是|为)\b\s*:?|\s*[:：=]|\s*\n|\s*(?=[$\\]))\s*"
+    r"|\b(?:pick|choose)\s+(?=(?-i:\(?[A-J]\b))|(?=(?-i:\b[A-J])\)? is (?:the )?(?:correct|right))")
 FORMULA = re.compile(  # in "$2 and $3" there is no formula, nor in "$ 2 and $ 3"
     r"\$\$(.{1,400}?)\$\$|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)"
-    r"|\$\s+([^$]{0,200}[\\^=][^$]{0,200})\s\$(?!\d)", re.S)
+    r"|\$\s+(\([^$]{1,200}\)|[^$]{0,200}[\\^=][^$]{0,200})\s\$(?!\d)", re.S)
 NUMBER = re.compile(  # a minus after a digit or a bracket is a subtraction
     r"(?:(?<![\w)%.])[-−])?\$?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
 MATHS = re.compile(  # a formula without dollars; a single letter is none before a word, as in "5 a day"
-    r"(?:\\[A-Za-z]+\s*|\\.|[\d\s.,:;()\[\]{}+\-*/^_=<>≤≥≠≈|!%$°π√∞½²³−×÷·'′&]|[€£¥₹]"
+    r"(?:\\[A-Za-z]+\s*|(?:sin|cos|tan|ln|log|sqrt|pi)\b|\\.|[\d\s.,:;()\[\]{}+\-*/^_=<>≤≥≠≈|!%$°π√∞½²³−×÷·'′&]|[€£¥₹]"
     r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z'’]|\s+[A-Za-z]{2}))*")
 
 
@@ -183,7 +181,7 @@ def _last_box(text: str) -> str | None:
 
 def _from_prose(text: str) -> str | None:
     """The answer of a response without a box: by its marker, else the last formula, bold text or number."""
-    text = re.sub(r"(?i)I hope it is correct\.?$", "", text.strip()).replace("**", " ").strip()
+    text = text.replace("**", " ").strip()
     if "####" in text:
         return text.rpartition("####")[2].strip(": ").split("\n")[0]
     ends = [found.end() for found in ANSWER_IS.finditer(text)]
@@ -210,23 +208,25 @@ def _first_answer(text: str) -> str | None:
     formula = MATHS.match(line)[0]
     behind = line[len(formula) :]
     if re.search(r"[\d\\]", formula) or not behind:
-        is_more = re.match(r"(?i)(?:or|and|to|plus|minus|times|[ap]\.?m)\b", behind)
+        is_more = re.match(r"(?i)(?:or|and|to|plus|minus|times|[ap]\.?m|\w+ion|\w+ and \d+)\b", behind)
         return line if is_more else formula.rstrip(" ,;:([{-−!")
-    return next(iter(NUMBER.findall(line)), line)
+    is_more = re.search(r"(?i)\b(?:not|least|most|than|between|twice|half)\b", line)
+    return line if is_more else next(iter(NUMBER.findall(line)), line)
 
 
 # ---- Tokens: (kind, value, is there a space before it?), kinds num, sym, fn, word, text, op ----------------
 
 UNICODE = str.maketrans("×·⋅∗÷⁄−–—′’", "****//---''") | str.maketrans({"≤": "<=", "⩽": "<=", "≥": ">=",
-    "⩾": ">=", "≠": r"\ne ", "≈": r"\approx ", "π": r"\pi ", "θ": r"\theta ", "μ": r"\mu ", "∞": r"\infty ",
-    "°": r"\degree ", "º": r"\degree ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ",
-    "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "¢": " cent", "ℝ": r"\mathbb{R}", "∖": r"\setminus "})
-WRAPPER = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|math(?:rm|bf|it|sf)|operatorname|bold)\s*\{([^{}]*)\}"
+    "⩾": ">=", "∛": r"\sqrt[3]", "¢": " cent", "ℝ": r"\mathbb{R}"}) | {
+    ord(sign): f"\\{name} " for sign, name in zip("≠≈∞°º∪∈∅±∓√∖αβγδεθλμπρστφω", (
+        "ne approx infty degree degree cup in emptyset pm mp sqrt setminus alpha beta gamma delta epsilon "
+        "theta lambda mu pi rho sigma tau phi omega").split())}
+WRAPPER = r"\\(?:text(?:bf|it|rm|sf|normal)?|mbox|emph|math(?:rm|bf|it|sf)|operatorname|bold)\s*\{([^{}]*)\}"
 TOKEN = re.compile(rf"(?P<wrapped>{WRAPPER})"
     r"|(?P<env>\\(?:begin|end)\s*\{(?:[pbB]?matrix|array|cases|aligned)\}(?:\{[lcr| ]*\})?)"
     r"|(?P<row>\\\\(?:\[[^\]]{0,9}\])?)"
     r"|(?P<skip>[\s~$]+|\\[,;:!()\[\] \n]|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits"
-    r"|q?quad|rm|bf|phantom|thinspace|[lL]arge|LARGE|[hH]uge|small|underline)(?![A-Za-z])"
+    r"|q?quad|rm|bf|phantom|thinspace|[lL]arge|LARGE|[hH]uge|small|tiny|normalsize|underline|boldsymbol|bm)(?![A-Za-z])"
     r"|\\(?:text)?color\s*\{[^{}]*\})"
     r"|(?P<num>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\d.]))?)"
     r"|(?P<word>[A-Za-z]+)|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<op><=|>=|==|\*\*|.)", re.S)
@@ -235,10 +235,10 @@ GROUPED = re.compile(r"(?<=\d)(?:\{,\}|,?\\! ?|\\,|\\;|\\ | )(?=\d{3}(?!\d))")  
 OPERATORS = {word: names.split()[0] for names in (
     *r"+ - _ { } ! & ' sqrt in cup pm mp setminus over choose lfloor rfloor lceil rceil row or".split(),
     *r"\$ € £ ¥ ₹".split(), "( langle", ") rangle", "* times cdot ast", "/ div", "^ **", "[ lbrack",
-    "] rbrack", r"\{ lbrace", r"\} rbrace", "| lvert rvert vert", "= == equiv", "approx simeq", "< lt",
-    "> gt", "<= le leq leqslant", ">= ge geq geqslant", "ne neq", ": colon", ", ; and", r"% \% percent pct",
-    "frac dfrac tfrac cfrac nicefrac", "binom dbinom tbinom", "degree circ degrees", "inf infty infinity oo",
-    "emptyset varnothing") for word in names.split()}
+    "] rbrack", r"\{ lbrace", r"\} rbrace", r"| \| lvert rvert vert", "= == equiv", "approx simeq",
+    "< lt", "> gt", "<= le leq leqslant", ">= ge geq geqslant", "ne neq", ": colon", r"% \% percent pct",
+    ", ; and", "frac dfrac tfrac cfrac nicefrac", "binom dbinom tbinom", "degree circ degrees",
+    "inf infty infinity oo", "emptyset varnothing") for word in names.split()}
 COMMANDS = set("in le ne ge lt gt frac cup pm over choose".split())  # operators only behind a backslash
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc log ln lg exp cis".split())
 APPLIED = set("max min gcd lcm".split())
@@ -246,9 +246,9 @@ REFUSED = set("sum prod int iint oint lim dots ldots cdots bmod pmod mod begin e
 UNITS = {word: names.split()[0] for names in (  # plurals of others are units too, but have no other names
     "mm millimeter", "cm centimeter", "m meter metre", "km kilometer", "inch inche in", "ft foot feet",
     "yd yard", "mi mile", "ml milliliter", "L l liter litre", "mg milligram", "g gram", "kg kilogram",
-    "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "year yr", "$ \\$ dollar usd buck",
-    "€ euro", "£ gbp", "¥ yen", "₹ rupee", *"day week month unit mph am pm cent N J W V A K C F Hz mu people".split(),
-    ) for word in names.split()}
+    "lb pound", "oz ounce", "s sec second", "min minute", "h hr hour", "year yr", "C celsius", "F fahrenheit",
+    "€ euro eur", "£ gbp", "$ \\$ dollar usd buck", "¥ yen", "₹ rupee", *"day week month unit mph am".split(),
+    *"pm cent people old mol rad N J W V A K Hz eV kJ kW kPa kWh mu".split()) for word in names.split()}
 CURRENCIES = ("\\$", "€", "£", "¥", "₹")
 SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12)
 SCALES |= {word: Fraction(1, n) for word, n in dict(half=2, halve=2, tenth=10, hundredth=100).items()}
@@ -328,9 +328,9 @@ class Parser:
 
     def nested(self, rule: Callable) -> tuple:
         """Every recursion passes here: by counting, the limit does not depend on the caller's stack."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
+        if self.depth == MAX_DEPTH:
             raise ValueError
+        self.depth += 1
         node = rule()
         self.depth -= 1
         return node
@@ -341,7 +341,7 @@ class Parser:
         while sign := self.take(*between):
             signs.append(sign)
             nodes.append(_signed(sign, rule()))
-        head = (kind, " ".join(signs)) if kind == "rel" else (kind,)
+        head = (kind, " ".join(signs))[: 1 + (kind == "rel")]
         return (*head, *nodes) if signs else nodes[0]
 
     def answer(self) -> tuple:
@@ -383,7 +383,7 @@ class Parser:
             kind, value, _ = self.tokens[self.at]
             is_sign = value in ("*", "/", "^", "{", "-") or value == "}" and "{" in words[-3:]
             if not (kind in ("text", "word", "letter") or (is_sign if words else value in CURRENCIES) or (
-                    kind in ("num", "sym") and words and words[-1] in ("*", "/", "^", "{", "-"))):
+                    words and words[-1] in {"num": ("^", "{", "-"), "sym": ("*", "/")}.get(kind, ()))):
                 return _unit(words) if words else ""
             words.append(value)
             self.at += 1
@@ -542,9 +542,7 @@ class Parser:
             argument = self.nested(self.atom)
         else:  # \sin 2x \cos x: everything up to the next function, bracket or sign
             factors = [_signed(self.take("-"), self.power())]
-            while self.follows_factor(factors) and not self.peek("(", "begin"):
-                if self.tokens[self.at][0] == "fn":
-                    break
+            while self.tokens[self.at][1] not in FUNCTIONS | {"(", "begin"} and self.follows_factor(factors):
                 factors.append(self.power())
             argument = ("mul", *factors)
         node = ("call", name, argument, base) if base else ("call", name, argument)
@@ -778,34 +776,35 @@ def _mixed(found: re.Match) -> str:
     return f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else found[0]
 
 
-REWRITTEN = [(re.compile(pattern), new) for pattern, new in (
-    (r"\^\s*\{?\\prime\}?", "'"), (r"\^\s*\{?\*\}?(?!\*)", "_{*}"), (r"\\text\{ ?out of ?\}|\bout of\b", "/"),
-    (r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1].lower()}m"),  # 4:30 P.M.
-    (r"(?<![\w.^}])(\d+)(?:\s*\\[dtc]?frac\s*(?:\{(\d{1,20})\}|(\d))\s*(?:\{(\d{1,20})\}|(\d))"
-     r"| +(\d{1,20})/(\d{1,20}))(?!\.?\d)", _mixed),
-    (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m:  # 0.1\overline{6}
+REWRITTEN = [(inside, re.compile(pattern), new) for inside, pattern, new in (  # inside: must be in the text
+    ("prime", r"\^\s*\{?\\prime\}?", "'"), ("*", r"\^\s*\{?\*\}?(?!\*)", "_{*}"),
+    ("out of", r"\\text\{ ?out of ?\}|\bout of\b", "/"),
+    ("", r"(?i)(?<=\d)\s*([ap])\.?m\b\.?", lambda m: f" {m[1].lower()}m"),  # 4:30 P.M.
+    ("frac", r"(?<![\w.^}])(\d+)\s*\\[dtc]?frac\s*(?:\{(\d{1,20})\}|(\d))\s*(?:\{(\d{1,20})\}|(\d))", _mixed),
+    ("/", r"(?<![\w.^}])(\d+) +(\d{1,20})/(\d{1,20})(?!\.?\d)", _mixed),
+    (".", r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda m:  # 0.1\overline{6}
      f"({int(m[1] + m[2] + m[3]) - int(m[1] + m[2] or 0)}/{'9' * len(m[3])}{'0' * len(m[2])})"),
-    (r"(^|,)\s*(\\text\s*\{[^{}=<>,]*\}[^=<>,]*|[A-Za-z]{4,}[^=<>,\\\d]*)=", r"\1\\label_{\2}="),  # Area = 5
-    (r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase\s*\}?\s*(\d+)\)?\s*\}?", r"_{\1}"),
-    (r"(?i)^(?:\\text\s*\{)?(?:the set of )?all real(?: number)?s\}?$", r"\\mathbb{R}"),
-    (r"(?i)^(?:\\text\s*\{)?no (?:real )?solutions?\}?$", r"\\emptyset"),
-    (r"(\\mathbb\s*\{?R\}?)\s*(?:-|\\backslash)\s*(?=\\\{)", r"\1\\setminus"),
-    (r"\b(?:square|sq\.?) +([A-Za-z]+)", r"\1^2"),
-    (r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"),
-    (r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))", r"\\degree "),
-    (r"(\\degree)\s*([CF])\b(?!\s*\})", r"\1\\text{\2}"),
-    (r"\b([fgFG])\s*\^\s*\{?(-?\d+)\}?\s*\(", r"\1_{^\2}("),  # f^{-1}(2)
-    (r"([A-Za-z])\s*\^\s*(\{\w+\}|\d)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"),  # x^2_1
-    (r"\\(?:mathbf|vec|hat|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r"{\\vec\1}"),
-    (r"^\\\{\s*[a-z]\s*(?:\\in\s*\(-\\infty,\\infty\))?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | x > 2}
-    (r"(.)[,\s]*\(?\s*\b[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", r"\1"),  # k ∈ Z
+    ("=", r"(^|,)\s*(\\text\s*\{[^{}=<>,]*\}[^=<>,]*|[A-Za-z]{4,}[^=<>,\\\d]*)=", r"\1\\label_{\2}="),
+    ("base", r"(?:\\text\s*\{)?\s*(?:\bin )?\(?\bbase\s*\}?\s*(\d+)\)?\s*\}?", r"_{\1}"),
+    (" real", r"(?i)^(?:\\text\s*\{)?(?:the set of )?all real(?: number)?s\}?$", r"\\mathbb{R}"),
+    ("olution", r"(?i)^(?:\\text\s*\{)?no (?:real )?solutions?\}?$", r"\\emptyset"),
+    ("mathbb", r"(\\mathbb\s*\{?R\}?)\s*(?:-|\\backslash)\s*(?=\\\{)", r"\1\\setminus"),
+    ("mathbb", r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"), ("sq", r"\b(?:square|sq\.?) +(\w+)", r"\1^2"),
+    ("^", r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))", r"\\degree "),
+    ("degree", r"(\\degree)\s*([CF])\b(?!\s*\})", r"\1\\text{\2}"),
+    ("^", r"\b([fgFG])\s*\^\s*\{?(-?\d+)\}?\s*\(", r"\1_{^\2}("),  # f^{-1}(2)
+    ("_", r"([A-Za-z])\s*\^\s*(\{\w+\}|\d)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"),  # x^2_1
+    ("\\", r"\\(?:mathbf|vec|hat|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r"{\\vec\1}"),
+    ("\\{", r"^\\\{\s*[a-z]\s*(?:\\in\s*\(-\\infty,\\infty\))?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | A}
+    ("\\in", r"(.)[,\s]*\(?\s*\b[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", r"\1"),  # k ∈ Z
 )]
 LABEL = re.compile(  # what only says that the answer comes
     r"(?i)(\\text\s*\{)?\s*(?:the |my )?(?:final |correct )?(?:answer|option|choice)\b(?: is)?:?\s*(?(1)\})"
     r"(?=.)(?!\s*=)|\s*(?:=|\\approx|\\sim|\\therefore)")
-TAIL = re.compile(r"\\*(?:[,;:! ]\\|dauqq?\\|[~\s.,:;])*")  # backwards
+TAIL = re.compile(r"\\*(?:[,;:! ]\\|dauqq?\\|[~\s,:;]|\.(?!\.))*")  # backwards
 
 
+@functools.lru_cache(maxsize=512)
 def clean(text: str) -> str:
     """Without the wrapping: boxes, dollars, bold, what only says that it is the answer, the final stop."""
     if not text.isascii():
@@ -818,8 +817,8 @@ def clean(text: str) -> str:
         text = whole[whole.lastindex]  # "$43_5.$": the stop inside is one too
     if not text.isdigit():
         text = text[label.end() :] if (label := LABEL.match(text)) else text
-        for pattern, new in REWRITTEN:
-            text = pattern.sub(new, text)
+        for inside, pattern, new in REWRITTEN:
+            text = pattern.sub(new, text) if inside in text else text
     return text[: len(text) - len(TAIL.match(text[::-1])[0])].strip()
 
 
@@ -834,7 +833,7 @@ def visible(text: str) -> str:
 def same_choice(answer: str, gold: str) -> bool:
     """The same letter, at least once alone: `C`, `(C)`, `C) 12`, `C Cecile`, or c for the gold C."""
     texts = [re.sub(WRAPPER, r"\1", text).strip().strip("()") for text in (answer, gold)]
-    if texts[1] in "ABCDEFGHIJ" and texts[0] == texts[1].lower():
+    if len(texts[1]) == 1 and texts[1] in "ABCDEFGHIJ" and texts[0] == texts[1].lower():
         return True
     found = [re.fullmatch(r"([A-Z])(?:\s*[).]\s*\S.*|:\s[^=]*|\s[A-Z][a-z]+)?", text, re.S) for text in texts]
     return all(found) and found[0][1] == found[1][1] and min(map(len, texts)) == 1
@@ -848,8 +847,7 @@ def is_prose(text: str) -> bool:
 
 def _bare(a: tuple, gold: tuple) -> tuple:
     """3s as 3, m+n=371 as 371: only in an answer, where the gold is known to be no equation nor variable."""
-    is_number = a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and not names(gold)
-    if is_number and a[2][1] in ("s", "m", "h", "g", "L"):
+    if a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and a[2][1] in tuple("smhgL") and not names(gold):
         return ("unit", a[1], _unit([a[2][1]]))
     is_equation = a[:2] == ("rel", "=") and len(a) == 4 and "rel" not in kinds(gold)
     is_named = is_equation and names(a[2]) and not names(a[3]) and not {"num", "pow", "call"} & kinds(a[2])
@@ -1125,7 +1123,7 @@ def points(both: list[str], every: frozenset) -> Iterator[list[Fraction]]:
         return
     ends = sorted(x for x in every if isinstance(x, Fraction) and abs(x) < 10**12)[:12]
     far = WHOLE if is_stepped else (1000, 10**6, -1000)
-    near = [x + Fraction(side, 7) for x in (*ends, *(-x for x in ends), *far) for side in (-1, 0, 1)]
+    near = [x + side / Fraction(14) for x in (*ends, *(-x for x in ends), *far) for side in (-2, 0, 7)]
     for point in range(len(far) if is_stepped else len(near)):
         yield [Fraction(WHOLE[point * (2 * k + 1) % 59]) if is_whole else
                near[point * (6 * k + 1) % len(near)] for k, is_whole in enumerate(whole)]
