@@ -968,7 +968,7 @@ def _is_name(node: tuple) -> bool:
     r"""Does it only name something: x, AB, f(2), |AB|, \angle ABC, V_1:V_2, \frac{AO}{BO}, (x, y)?"""
     if node[0] in ("sym", "apply"):
         return True
-    if node[0] == "mul" and any(child[0] == "sym" and "a" <= child[1] <= "z" for child in node[1:]):
+    if node[0] == "mul" and any(child[0] == "sym" and re.fullmatch("[a-z]", child[1]) for child in node[1:]):
         return False  # xy = 5 is an equation
     inner = [child for child in node[1:] if isinstance(child, tuple)]
     return node[0] in ("mul", "inv", "abs", "ratio", "seq") and all(_is_name(child) for child in inner)

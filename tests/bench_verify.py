@@ -5,8 +5,8 @@ r"""The verifier on public data, beside math-verify: verdicts, speed, worst case
 DIR: the public files of the README. CASES: rows {"gold", "response", "expected", "kind"}. Without DIR,
 answers of the generated corpus are graded, and only speed and worst cases say much. Prints, one line each:
 labelled cases; every gold answer against itself, its reference solution and rewritten forms; golds with one
-thing changed, and pairs of different ones, which must be refused; the options of MMLU-STEM; time per response;
-time and exceptions over fuzzed input.
+thing changed, and pairs of different ones, which must be refused; the options of MMLU-STEM; time per
+response; time and exceptions over fuzzed input.
 """
 
 import itertools
@@ -33,7 +33,8 @@ from verify import extract_answer, is_correct, is_equivalent, reward
 FILES = {
     "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), "math": ("math/train.jsonl", "math/test.jsonl"),
     "math500": ("eval/math500.jsonl",), "olympiadbench": ("eval/olympiadbench.jsonl",),
-    "amc23": ("eval/amc23.jsonl",), "aime24": ("eval/aime24.jsonl",),
+    "amc23": ("eval/amc23.jsonl",), "aime24": ("eval/aime24.jsonl",), "asdiv": ("eval/asdiv.jsonl",),
+    "ocwcourses": ("eval/ocwcourses.jsonl",), "tabmwp": ("eval/tabmwp_test1k.jsonl",),
 }
 PAIRS, FUZZED = 100_000, 100_000
 
@@ -97,7 +98,7 @@ def golds(folder: Path) -> None:
     every = []
     for name, paths in FILES.items():
         rows = [row for path in paths for row in files.read_jsonl(folder / path)]
-        answers = [row["answer"] for row in rows]
+        answers = [str(row["answer"]) for row in rows]
         every += answers
         itself = sum(is_equivalent(a, a) for a in answers)
         said = f"{name:14} {len(rows):6,} golds; against themselves {itself / len(rows):.2%}"
@@ -129,23 +130,27 @@ def different(answers: list[str]) -> None:
         print("   ", *pair, sep="   ")
 
 
-# Ways to change an answer: each place of the pattern in turn. A number, sign, operator, bound or name is another
+# Ways to change an answer: (places, what stands there instead). A value of zero has no other sign
+SWAPPED = {
+    "+": "-", "-": "+", "^": "_", "/": "+", r"\cdot": "+", r"\times": "+", r"\cup": r"\cap", r"\sin": r"\cos",
+    r"\cos": r"\sin", r"\tan": r"\cot", r"\ln": r"\log", r"\log": r"\ln", r"\sqrt": r"\sqrt[3]", r"\pi": "e",
+    "!": "", "[": "(", "]": ")", "<": r"\le ", ">": r"\ge ", r"\le": "<", r"\leq": "<", r"\ge": ">",
+    r"\geq": ">", "": "-", "x": "y", "e": "d", "i": "j"}
+NO_SIGN = r"0|\\(?:text|mbox|in|c[ua]p|[lg]e|infty|left|right|\W)|\d*[1-9]*$"
 CHANGES = {
     "digit": (r"\d", lambda m: str((int(m[0]) + 1) % 10)),
-    "sign": (r"[+-]|(?<![\w)}\]!^_.\\{])(?<!\{ )(?=[\d\\a-zA-Z])(?!0|\\(?:text|mbox|in|c[ua]p|[lg]e|infty|left|right|\W)|\d*[1-9]*$)",
-             lambda m: {"+": "-", "-": "+"}.get(m[0], "-")),
-    "operator": (r"\^|\\sqrt|(?<=\S)/|\\cdot|\\times|(?<!\\)!|\\pi|\\cup|\\(?:sin|cos|tan|ln|log)(?![a-z]| *_)", lambda m: {
-        "^": "_", "/": "+", "\\cdot": "+", "\\times": "+", "\\cup": r"\cap", r"\sin": r"\cos", r"\cos": r"\sin",
-        r"\tan": r"\cot", r"\ln": r"\log", r"\log": r"\ln", r"\sqrt": r"\sqrt[3]", r"\pi": "e"}.get(m[0], "")),
-    "bound": (r"[\[\]]|<|>|\\[lg]eq?(?![a-z])|(?<=infty,)(?! ?0)|(?<=,)(?=\\infty)", lambda m: {
-        "[": "(", "]": ")", "<": r"\le ", ">": r"\ge "}.get(m[0], "<" if "l" in m[0] else ">" if m[0] else "-")),
-    "name": (r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z]{4,}(?![A-Za-z{])|(?<=text\{)\s*[A-Za-z]+", lambda m: (
-        {"x": "y", "e": "d", "i": "j"}.get(m[0], "x" if len(m[0]) == 1 else "other"))),
+    "sign": (rf"[+-]|(?<![\w)}}\]!^_.\\{{])(?<!\{{ )(?=[\d\\a-zA-Z])(?!{NO_SIGN})",
+             lambda m: SWAPPED[m[0]]),
+    "operator": (r"\^|\\sqrt|(?<=\S)/|\\cdot|\\times|(?<!\\)!|\\pi|\\cup|\\(?:sin|cos|tan|ln|log)(?![a-z _])",
+                 lambda m: SWAPPED[m[0]]),
+    "bound": (r"[\[\]]|<|>|\\[lg]eq?(?![a-z])|(?<=infty,)(?! ?0)|(?<=,)(?=\\infty)", lambda m: SWAPPED[m[0]]),
+    "name": (r"(?<![A-Za-z\\])(?:[A-Za-z]|[A-Za-z]{4,}(?!\{))(?![A-Za-z])|(?<=text\{)\s*[A-Za-z]+",
+             lambda m: SWAPPED.get(m[0], "x" if len(m[0]) == 1 else "other")),
 }
 
 
 def mutated(answers: list[str]) -> None:
-    """Every answer with one thing changed, in each of its places (the first four): accepted ones are printed."""
+    """Every answer with one thing changed, in each of its first four places: accepted ones are printed."""
     for kind, (pattern, new) in CHANGES.items():
         tried, accepted = 0, []
         for gold in answers:
@@ -161,12 +166,12 @@ def mutated(answers: list[str]) -> None:
 
 def choices(folder: Path) -> None:
     """MMLU-STEM: the text of the right option is correct; two different options are not the same."""
-    rows, equal = list(files.read_jsonl(folder / "eval/mmlu_stem.jsonl")), []
+    rows = list(files.read_jsonl(folder / "eval/mmlu_stem.jsonl"))
     right = sum(is_correct(options(row)[row["answer"]], row) for row in rows)
     pairs = [pair for row in rows for pair in itertools.combinations(options(row).values(), 2)]
     equal = [(a, b) for a, b in pairs if a != b and is_equivalent(a, b)]
-    print(f"MMLU-STEM: {right} of {len(rows)} texts of right options are correct, {right / len(rows):.2%}; of "
-          f"{len(pairs):,} pairs of options {len(equal)} are called equal")
+    print(f"MMLU-STEM: {right} of {len(rows)} texts of right options are correct, {right / len(rows):.2%}; "
+          f"of {len(pairs):,} pairs of options {len(equal)} are called equal")
     for pair in equal:
         print("   ", *pair, sep="   ")
 
