@@ -139,15 +139,15 @@ RUN_ON = re.compile(r"<\|[a-z_]+\|>|</s>|\n[ \t]*(?:Problem|Question|User|Human|
 ANSWER_IS = re.compile(
     r"(?i)(?:answer|correct (?:choice|option)|答案|respuesta|réponse|antwort|resposta|ответ)"
     r"(?:\s*(?:is|are|(?:must|should) be|es|est|ist|é|是|为)\b\s*:?|\s*[:：=]|\s*\n|\s*(?=[$\\]))\s*"
-    r"|\b(?:pick|choose)\s+(?=(?-i:\(?[A-J]\b))|(?=(?-i:\b[A-J])\)? is (?:the )?(?:correct|right))")
+    r"|\b(?:pick|choose) (?:option )?(?=(?-i:\(?[A-J]\b))|(?=(?-i:\b[A-J])\)? is (?:the )?(?:correct|right))")
 FORMULA = re.compile(  # in "$2 and $3" there is no formula, nor in "$ 2 and $ 3"
     r"\$\$(.{1,400}?)\$\$|\\\[(.{1,400}?)\\\]|\\\((.{1,400}?)\\\)|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)"
     r"|\$\s+(\([^$]{1,200}\)|[^$]{0,200}[\\^=][^$]{0,200})\s\$(?!\d)", re.S)
 NUMBER = re.compile(  # a minus after a digit or a bracket is a subtraction
     r"(?:(?<![\w)%.])[-−])?\$?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:/\d+)?(?:\s?\\?%)?")
 MATHS = re.compile(  # a formula without dollars; a single letter is none before a word, as in "5 a day"
-    r"(?:\\[A-Za-z]+\s*|(?:sin|cos|tan|ln|log|sqrt|pi)\b|\\.|[\d\s.,:;()\[\]{}+\-*/^_=<>≤≥≠≈|!%$°π√∞½²³−×÷·'′&]|[€£¥₹]"
-    r"|(?<![A-Za-z])[A-Za-z](?![A-Za-z'’]|\s+[A-Za-z]{2}))*")
+    r"(?:\\[A-Za-z]+\s*|(?:sin|cos|tan|ln|log|sqrt|pi|[pb]matrix)\b|[\d\s.,:;()\[\]{}+\-*/^_=<>≤≥≠≈|!%$°π√∞]"
+    r"|\\.|[½²³−×÷·'′&€£¥₹]|(?<![A-Za-z])[A-Za-z](?![A-Za-z'’]|\s+[A-Za-z]{2}))*")
 
 
 def _last_box(text: str) -> str | None:
@@ -202,7 +202,7 @@ def _first_answer(text: str) -> str | None:
     """What follows "the answer is": a formula, a choice letter, a number of the sentence, or the sentence."""
     if formula := FORMULA.match(text):
         return formula[formula.lastindex]
-    if choice := re.match(r"\(?([A-J])\)?(?=[.):,]|\s*$|\s+[^\s\d+*/=<>^_(-])", text):
+    if choice := re.match(r"\(?([A-J])\)?(?!,? (?:and |or )?\(?[A-J]\b)(?=[.):,]|\s*$|\s+[a-z—–])", text):
         return choice[1]
     line = re.split(r"\n|\.(?:\s|$)", text)[0]
     formula = MATHS.match(line)[0]
