@@ -254,8 +254,8 @@ SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9
 SCALES |= {word: Fraction(1, n) for word, n in dict(half=2, halve=2, tenth=10, hundredth=100).items()}
 NO_UNIT = re.compile(  # words that do something to a number
     r"plu|minu|time|over|by|more|les|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|otherwise|"
-    r"except|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*[iu]s?u|power|negative|"
-    r"quarter|pair")
+    r"except|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*u|power|negative|quarter|"
+    r"pair|factorial|reciprocal|inverse|fold|zero")
 
 
 def tokenize(text: str, words: str = "word") -> list[tuple[str, str, bool]]:
@@ -795,6 +795,7 @@ REWRITTEN = [(inside, re.compile(pattern), new) for inside, pattern, new in (  #
     ("^", r"\b([fgFG])\s*\^\s*\{?(-?\d+)\}?\s*\(", r"\1_{^\2}("),  # f^{-1}(2)
     ("_", r"([A-Za-z])\s*\^\s*(\{\w+\}|\d)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"),  # x^2_1
     ("\\", r"\\(?:mathbf|vec|hat|bm|boldsymbol)\s*\{?\s*\\?([ijk])(?:math)?\b\s*\}?", r"{\\vec\1}"),
+    ("right.", r"^\\left\s*\\\{(.*)\\right\.$", r"\1"),  # \left\{ … \right.
     ("\\{", r"^\\\{\s*[a-z]\s*(?:\\in\s*\(-\\infty,\\infty\))?\s*(?:\\mid|\||:)(.*)\\\}$", r"\1"),  # {x | A}
     ("\\in", r"(.)[,\s]*\(?\s*\b[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", r"\1"),  # k ∈ Z
 )]
@@ -833,7 +834,7 @@ def visible(text: str) -> str:
 def same_choice(answer: str, gold: str) -> bool:
     """The same letter, at least once alone: `C`, `(C)`, `C) 12`, `C Cecile`, or c for the gold C."""
     texts = [re.sub(WRAPPER, r"\1", text).strip().strip("()") for text in (answer, gold)]
-    if len(texts[1]) == 1 and texts[1] in "ABCDEFGHIJ" and texts[0] == texts[1].lower():
+    if len(texts[1]) == 1 and texts[1] in "ABCDEFGH" and texts[0] == texts[1].lower():
         return True
     found = [re.fullmatch(r"([A-Z])(?:\s*[).]\s*\S.*|:\s[^=]*|\s[A-Z][a-z]+)?", text, re.S) for text in texts]
     return all(found) and found[0][1] == found[1][1] and min(map(len, texts)) == 1
@@ -850,7 +851,7 @@ def _bare(a: tuple, gold: tuple) -> tuple:
     if a[0] == "mul" and len(a) == 3 and a[1][0] == "num" and a[2][1] in tuple("smhgL") and not names(gold):
         return ("unit", a[1], _unit([a[2][1]]))
     is_equation = a[:2] == ("rel", "=") and len(a) == 4 and "rel" not in kinds(gold)
-    is_named = is_equation and names(a[2]) and not names(a[3]) and not {"num", "pow", "call"} & kinds(a[2])
+    is_named = is_equation and names(a[2]) and not names(a[3]) and not {"num", "pow"} & kinds(a[2])
     return a[3] if is_named else a
 
 
@@ -1039,12 +1040,11 @@ def defined(relation: tuple, work: Work) -> tuple[tuple, tuple] | None:
         signs, sides = signs[:-1], sides[:-1]
     if not {"=", "approx"} >= set(signs) and signs != ["in"]:
         return None
-    if _is_name(sides[-1]) and not _is_name(sides[0]):
-        sides = sides[::-1]
-    name, sides = (sides[0], sides[1:]) if _is_name(sides[0]) and len(sides) > 1 else (("none",), sides)
-    if name == ("none",) and names(sides[0]) or not all(same(sides[-1], side, work) for side in sides[:-1]):
+    values = [side for side in sides if not _is_name(side)] or sides[-1:]
+    name = next((side for side in sides if _is_name(side)), ("none",))
+    if name == ("none",) and names(values[0]) or not all(same(values[-1], x, work) for x in values[:-1]):
         return None
-    return name, sides[-1]
+    return name, values[-1]
 
 
 def _links(relation: tuple) -> Iterator[tuple]:
