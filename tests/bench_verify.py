@@ -2,11 +2,11 @@ r"""The verifier on public data, beside math-verify: verdicts, speed, worst case
 
     python tests/bench_verify.py [DIR [CASES.jsonl]]
 
-DIR: the public files of the README. CASES: rows {"gold", "response", "expected", "kind"}. Without DIR,
-answers of the generated corpus are graded, and only speed and worst cases say much. Prints, one line each:
-labelled cases; every gold answer against itself, its reference solution and rewritten forms; golds with one
-thing changed, and pairs of different ones, which must be refused; the options of MMLU-STEM; time per
-response; time and exceptions over fuzzed input.
+DIR: the public files of the README. CASES: rows {"gold", "response", "expected", "kind"}. Without DIR, golds
+of the tests are changed, answers of the generated corpus graded, and only speed and worst cases say much.
+Prints, one line each: labelled cases; every gold answer against itself, its reference solution and rewritten
+forms; golds with one thing changed, and pairs of different ones, which must be refused; the options of
+MMLU-STEM; time per response; time and exceptions over fuzzed input.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_verify import HOSTILE
+from test_verify import DIFFERENT, EQUAL, HOSTILE
 
 from data import files, synth
 from data.benchmarks import options
@@ -296,6 +296,7 @@ def main() -> None:
     else:
         texts = itertools.islice(synth.documents("short_cot", 0, "test"), 400)
         pairs = [(text, "7") for text in texts]
+        mutated(sorted({gold for _, gold in EQUAL + DIFFERENT if gold}))
     speed(pairs, theirs)
     worst(FUZZED)
 
