@@ -407,6 +407,9 @@ class Parser:
                 factors.append(("inv", factor) if sign == "/" else factor)
             else:
                 break
+        if factors[-1][0] == "matrix" and len(factors) > 1:  # a number times a matrix
+            rows = ((("mul", *factors[:-1], cell) for cell in row[1:]) for row in factors[-1][1:])
+            return ("matrix", *(("row", *row) for row in rows))
         return ("mul", *factors) if len(factors) > 1 else factors[0]
 
     def follows_factor(self, factors: list) -> bool:
@@ -427,11 +430,9 @@ class Parser:
         while sign := self.take("^", "!", "%", "degree"):
             if (signs := signs + 1) > 8:
                 raise ValueError
-            node = ("pow", node, self.exponent()) if sign == "^" else (sign, node)
+            minus = self.take("-", "+") if sign == "^" else None
+            node = ("pow", node, _signed(minus, self.nested(self.power))) if sign == "^" else (sign, node)
         return node
-
-    def exponent(self) -> tuple:
-        return _signed(self.take("-", "+"), self.nested(self.power))
 
     def atom(self) -> tuple:
         kind, value, _ = self.tokens[self.at]
@@ -501,9 +502,7 @@ class Parser:
         return _num(self.tokens[self.at - 1][1])
 
     def number(self, digits: str) -> tuple:
-        if self.take("_"):
-            return ("based", digits, self.subscript())
-        return _num(digits)
+        return ("based", digits, self.subscript()) if self.take("_") else _num(digits)
 
     def name(self, name: str) -> tuple:
         """A variable, or a function of the kind f(x): an unknown of its own for each argument."""
@@ -535,7 +534,7 @@ class Parser:
 
     def function(self, name: str) -> tuple:
         base = self.argument() if self.take("_") else None
-        power = self.exponent() if self.take("^") else None
+        power = _signed(self.take("-", "+"), self.nested(self.power)) if self.take("^") else None
         if power == ("neg", ("num", ONE)):
             name, power = "arc" + name, None
         if self.peek("(", "{", "|"):
@@ -791,6 +790,7 @@ REWRITTEN = [(inside, re.compile(pattern), new) for inside, pattern, new in (  #
     ("mathbb", r"(\\mathbb\s*\{?R\}?)\s*(?:-|\\backslash)\s*(?=\\\{)", r"\1\\setminus"),
     ("mathbb", r"\\mathbb\s*\{?R\}?", r"(-\\infty,\\infty)"), ("sq", r"\b(?:square|sq\.?) +(\w+)", r"\1^2"),
     ("^", r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\(?:circ|degree)(?![a-z]))", r"\\degree "),
+    ("'", r"^(\d+\s*\\degree)\s*(\d+)\s*'$", r"\1+\2/60\\degree"),  # 30°15'
     ("degree", r"(\\degree)\s*([CF])\b(?!\s*\})", r"\1\\text{\2}"),
     ("^", r"\b([fgFG])\s*\^\s*\{?(-?\d+)\}?\s*\(", r"\1_{^\2}("),  # f^{-1}(2)
     ("_", r"([A-Za-z])\s*\^\s*(\{\w+\}|\d)\s*_\s*(\{\w+\}|\w)", r"\1_\3^\2"),  # x^2_1

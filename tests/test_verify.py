@@ -131,6 +131,8 @@ EQUAL_KINDS = {
         (r"{5\choose2}", "10"), (r"\textcolor{red}{5}", "5"), (r"\Large 5", "5"),
         (r"0.1\overline{6}", "1/6"), (r"52\text{ (base 8)}", "52_8"), ("0^2", "0"),
         (r"x_1^2", r"x^{2}_{1}"), (r"3\hat{i}+4\hat{j}", r"3\mathbf{i}+4\mathbf{j}"), ("α+1", r"1+\alpha"),
+        (r"30^\circ 15'", r"30.25^\circ"),
+        (r"\frac12\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
         (r"2\operatorname{cis}(150^\circ)", r"i-\sqrt3")],
 }
 DIFFERENT_KINDS = {
@@ -179,6 +181,7 @@ DIFFERENT_KINDS = {
         ("2⁵", "25"), ("10⁶", "106"), ("1010₂", "10102"), ("12:30", "2/5"), ("0^2", "1"), ("x2", "2x"),
         ("v1^2", "v"), (r"\begin{vmatrix}1&2\end{vmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
         ("5...", "5"), (r"5 \quad 6", "30"), (r"\sqrt[3){2}", r"\sqrt[3]{2}"), (r"3\vec{i}", "3i"),
+        (r"3\begin{pmatrix}2\\4\end{pmatrix}", r"\begin{pmatrix}2\\4\end{pmatrix}"),
         (r"0.\overline{3}", "0.3")],
 }
 
