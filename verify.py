@@ -226,8 +226,8 @@ TOKEN = re.compile(rf"(?P<wrapped>{WRAPPER})"
     r"|(?P<env>\\(?:begin|end)\s*\{(?:[pbB]?matrix|array|cases|aligned)\}(?:\{[lcr| ]*\})?)"
     r"|(?P<row>\\\\(?:\[[^\]]{0,9}\])?)"
     r"|(?P<skip>[\s~$]+|\\[,;:!()\[\] \n]|\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits"
-    r"|q?quad|rm|bf|phantom|thinspace|[lL]arge|LARGE|[hH]uge|small|tiny|normalsize|underline|boldsymbol|bm)(?![A-Za-z])"
-    r"|\\(?:text)?color\s*\{[^{}]*\})"
+    r"|q?quad|rm|bf|phantom|thinspace|[lL]arge|LARGE|[hH]uge|small|tiny|normalsize|underline|boldsymbol|bm)"
+    r"(?![A-Za-z])|\\(?:text)?color\s*\{[^{}]*\})"
     r"|(?P<num>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?![\d.]))?)"
     r"|(?P<word>[A-Za-z]+)|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<op><=|>=|==|\*\*|.)", re.S)
 THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")  # 1,234,567
@@ -253,9 +253,9 @@ CURRENCIES = ("\\$", "€", "£", "¥", "₹")
 SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9, trillion=10**12)
 SCALES |= {word: Fraction(1, n) for word, n in dict(half=2, halve=2, tenth=10, hundredth=100).items()}
 NO_UNIT = re.compile(  # words that do something to a number
-    r"plu|minu|time|over|by|more|les|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|otherwise|"
-    r"except|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*u|power|negative|quarter|"
-    r"pair|factorial|reciprocal|inverse|fold|zero")
+    r"plu|minu|time|over|by|more|les|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|except|"
+    r"otherwise|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*u|power|negative|"
+    r"quarter|pair|factorial|reciprocal|inverse|fold|zero")
 
 
 def tokenize(text: str, words: str = "word") -> list[tuple[str, str, bool]]:
@@ -1208,15 +1208,16 @@ def run_benches(args) -> None:
         benchmarks.prompt(source, "", args.shots, args.template)
     if len({benchmarks.find(source)[0] for source in chosen}) < len(set(chosen)):
         raise ValueError(f"two benchmarks of --bench {args.bench} have the same name")
-    if not os.path.isdir(args.ckpt):
+    if not os.path.isdir(args.ckpt) and "@" not in args.ckpt:
         raise FileNotFoundError(f"{args.ckpt}: no such folder")
     suites = {source: benchmarks.load_problems(source, args.data, args.limit, args.seed, recipes.columns_of(
         benchmarks.find(source)[0], args.columns)) for source in chosen}
     import midtrain  # imports torch, which takes a second
     from sample import Sampler, load_model
 
-    world, out, results = midtrain.setup(), args.out or os.path.join(args.ckpt, "bench"), {}
+    world, results = midtrain.setup(), {}
     folder = midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt))
+    out = args.out or os.path.join(args.ckpt if os.path.isdir(args.ckpt) else folder, "bench")
     sampler = Sampler(*load_model(folder, str(world.device)))
     for source, problems in suites.items():
         name, bench = benchmarks.find(source)
