@@ -254,8 +254,8 @@ SCALES = dict(dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9
 SCALES |= {word: Fraction(1, n) for word, n in dict(half=2, halve=2, tenth=10, hundredth=100).items()}
 NO_UNIT = re.compile(  # words that do something to a number
     r"plu|minu|time|over|by|more|les|fewer|than|at|least|most|up|to|or|not|no|if|for|from|between|else|"
-    r"except|otherwise|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*u|power|negative|"
-    r"quarter|pair|factorial|reciprocal|inverse|fold|zero")
+    r"except|otherwise|without|is|are|wa|ha|mod|.*teen|.*[tx]y|one|two|three|.*th|third|percent|.*u|"
+    r"power|negative|quarter|pair|factorial|reciprocal|inverse|fold|zero")
 
 
 def tokenize(text: str, words: str = "word") -> list[tuple[str, str, bool]]:
