@@ -165,11 +165,12 @@ def document_mask(doc_start: Tensor, dtype: torch.dtype, prefix: Tensor | None =
     return torch.where(unseen, -torch.inf, 0.0).to(dtype)[:, None]
 
 
-def attention(q, k, v, doc_start: Tensor | None, mask: Tensor | None = None, prefix=None) -> Tensor:
+def attention(q, k, v, doc_start: Tensor | None, mask=None, prefix=None, prompt=False) -> Tensor:
     """Causal grouped-query attention in documents: q (B, T, H, D), k, v (B, T, K, D) → (B, T, H, D).
 
     doc_start (B, T), which never falls along a row, or None for one document per row; prefix (B,): how many
-    tokens at the start of a row all its documents see; mask: their document_mask(), made here if not given.
+    tokens at the start of a row all its documents see; mask: their document_mask(), made here if not given;
+    prompt: without doc_start too, round as training does.
     """
     B, T, H, D = q.shape
     if has_kernels(q, D) and prefix is None:
@@ -178,7 +179,8 @@ def attention(q, k, v, doc_start: Tensor | None, mask: Tensor | None = None, pre
     if mask is None and doc_start is not None:
         mask = document_mask(doc_start, q.dtype, prefix)
     # A CPU goes by blocks, but not compiled: a compiler cannot follow where documents begin.
-    if mask is not None and q.is_cpu and T <= LONGEST_BLOCKED and not torch.compiler.is_compiling():
+    blocks = q.is_cpu and T <= LONGEST_BLOCKED and not torch.compiler.is_compiling()
+    if blocks and (prompt or mask is not None):
         return block_attention(q, k, v, doc_start, mask, prefix)
     k, v = (x.repeat_interleave(H // k.shape[2], dim=2).transpose(1, 2) for x in (k, v))  # (B, H, T, D)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None)
@@ -204,6 +206,7 @@ class AttentionContext(NamedTuple):
     prefix: Tensor | None  # (B,): tokens at the start of a row that all its documents go on from
     positions: Tensor  # (B, T): within the document; in the cache
     cache: "KVCache | None"
+    prompt: bool  # the first tokens of an empty cache, which see nothing but each other
 
 
 class Attention(nn.Module):
@@ -220,10 +223,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))
         q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
-        if context.cache is None:
-            out = attention(q, k, v, context.doc_start, context.mask, context.prefix)
-        else:
+        if context.cache is not None:
             context.cache.write(layer, context.positions, k, v)
+        if context.cache is None or context.prompt:
+            out = attention(q, k, v, context.doc_start, context.mask, context.prefix, context.prompt)
+        else:
             out = cached_attention(q, context.cache, layer, context.mask)
         return self.o(out.flatten(2))
 
@@ -304,18 +308,19 @@ class Llama(nn.Module):
         """Positions and mask of activations x (B, T, hidden). Kernels need no mask, but know of no prefix."""
         B, T, _ = x.shape
         positions, mask = torch.arange(T, device=x.device).expand(B, T), None
-        kernel = has_kernels(x, self.config.head_dim)
+        kernel, prompt = has_kernels(x, self.config.head_dim), cache is not None and cache.empty and T > 1
         assert prefix is None or doc_start is not None, "a prefix is followed by documents: give doc_start"
         if cache is not None:
             assert doc_start is None, "a cache holds one document per slot"
             positions = positions + cache.lengths[:B, None]
-            mask = None if T == 1 and (kernel or cache.paged) else cache.mask(positions, x.dtype)
+            if T > 1 and not prompt or T == 1 and not (kernel or cache.paged):
+                mask = cache.mask(positions, x.dtype)
         elif doc_start is not None:
             behind = 0 if prefix is None else prefix[:, None] * (doc_start > 0)
             positions = positions - doc_start + behind
             mask = None if kernel and prefix is None else document_mask(doc_start, x.dtype, prefix)
         rope = rope_tables(self.inv_freq, positions)
-        return AttentionContext(rope, doc_start, mask, prefix, positions, cache)
+        return AttentionContext(rope, doc_start, mask, prefix, positions, cache, prompt)
 
     def logits(self, h: Tensor) -> Tensor:
         """Activations (..., hidden) → logits (..., vocab) in fp32."""
@@ -347,14 +352,18 @@ class Llama(nn.Module):
         return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")
 
     @staticmethod
-    def from_pretrained(path: str) -> "Llama":
-        """The model in a checkpoint folder with config.json; weights keep their stored dtype."""
+    def from_pretrained(path: str, device="cpu", dtype: torch.dtype | None = None) -> "Llama":
+        """The model in a checkpoint folder with config.json, a tensor at a time: in the dtype stored,
+        or matrices in this one and vectors in fp32."""
         with torch.device("meta"):
             model = Llama(config_from_hf(read_json(os.path.join(path, "config.json"))))
-        if weight_files(path):
-            model.load_state_dict(dict(read_weights(path, model)), assign=True)
+        if dtype or not weight_files(path):
+            for p in model.parameters():
+                p.data = p.data.to(dtype if p.ndim > 1 else None)
+            load_pretrained(model.to_empty(device=device), path)
         else:
-            read_state(path, model.to_empty(device="cpu"))
+            state = {name: tensor.to(device) for name, tensor in read_weights(path, model)}
+            model.load_state_dict(state, assign=True)
         model.generation = read_generation(path)
         model.init_rope()
         return model
@@ -376,7 +385,8 @@ class KVCache:
     k, v: (num_layers, blocks, num_kv_heads, block_len, head_dim); table: (slots, n) int32; lengths: (slots,)
     int64, the tokens in each slot. A forward pass takes tokens (B, T) as the continuation of slots 0..B-1 and
     writes their keys and values behind what is there. The caller then adds the true lengths to `lengths`:
-    right padding is never seen again. Without block_len, slot b is block b, as long as a row may be:
+    right padding is never seen again. The first pass of an empty cache, of prompts, goes by attention(): no
+    scores of all tokens with all. Without block_len, slot b is block b, as long as a row may be:
     attention reads it in place, which is best on a CPU. With it (a pool of `blocks`, paged as in vLLM, Kwon
     et al. 2023) the owner fills in the table: rows take no more than they need, may share blocks, and T is 1.
     """
@@ -389,7 +399,7 @@ class KVCache:
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         own = torch.arange(slots, dtype=torch.int32, device=device)[:, None]
         self.table = torch.zeros(slots, n, dtype=torch.int32, device=device) if self.paged else own
-        self.max_len = n * self.block_len
+        self.max_len, self.empty = n * self.block_len, True
 
     def mask(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Added to the scores of tokens at positions (B, T): (B, 1, T, max_len), -inf behind each token."""
@@ -398,12 +408,13 @@ class KVCache:
 
     def copy(self, source: "KVCache", src: int, start: int, stop: int, block: int) -> None:
         """Tokens start..stop-1 of block `src` of `source` become the first of `block`."""
+        self.empty = False
         for mine, theirs in ((self.k, source.k), (self.v, source.v)):
             mine[:, block, :, : stop - start] = theirs[:, src, :, start:stop].to(mine.device)
 
     def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
         """Store k and v (B, T, K, D) of slots 0..B-1 at positions (B, T)."""
-        blocks = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        blocks, self.empty = torch.arange(positions.shape[0], device=positions.device)[:, None], False
         if self.paged:
             blocks = self.table[blocks, positions // self.block_len].long()
             positions = positions % self.block_len
@@ -458,19 +469,26 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Te
 QUERIES, LONGEST_BLOCKED = 64, 2048  # in a block; tokens of the longest row: all probabilities are kept
 
 
-def block_attention(q, k, v, doc_start: Tensor, mask: Tensor, prefix: Tensor | None) -> Tensor:
-    """attention(), given its mask. The query heads of one KV head are rows of the same product: t * G + g."""
+def block_attention(q, k, v, doc_start: Tensor | None, mask: Tensor | None, prefix: Tensor | None) -> Tensor:
+    """attention(), given the mask of a doc_start. Query heads of one KV head are rows of the same product:
+    t * G + g."""
     B, T, H, D = q.shape
     K, G = k.shape[2], H // k.shape[2]
     q = (q * D**-0.5).view(B, T, K, G, D).transpose(1, 2).reshape(B * K, T * G, D)
     k, v = (x.transpose(1, 2).reshape(B * K, T, D) for x in (k, v))
-    first = doc_start[:, ::QUERIES].amin(0).tolist()  # the first key, of its documents, that a block sees
+    if doc_start is None:  # a block sees all that is before it, and of itself what is before each token
+        first, own = [0] * -(-T // QUERIES), q.new_full((QUERIES, QUERIES), -torch.inf).triu(1)[:, None]
+    else:
+        first = doc_start[:, ::QUERIES].amin(0).tolist()  # the first key, of its documents, that a block sees
     common, out = 0 if prefix is None else int(prefix.max()), []
     for begin, low, rows in zip(range(0, T, QUERIES), first, q.split(QUERIES * G, dim=1), strict=True):
         end = min(begin + QUERIES, T)
         keys = [(0, common), (low, end)] if 0 < common < low else [(0 if common else low, end)]
         scores = rows @ _ranges(k, keys, 1).mT
-        scores.view(B, K, end - begin, G, -1).add_(_ranges(mask[:, :, begin:end, None], keys, -1))
+        if doc_start is None:
+            scores.view(B, K, end - begin, G, -1)[..., begin:].add_(own[: end - begin, :, : end - begin])
+        else:
+            scores.view(B, K, end - begin, G, -1).add_(_ranges(mask[:, :, begin:end, None], keys, -1))
         out.append(scores.softmax(-1) @ _ranges(v, keys, 1))
     return torch.cat(out, 1).view(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
 

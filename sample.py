@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import files
 from data.prompts import STOP, TEMPLATES
 from data.tokenizer import load as load_tokenizer
-from model import KVCache, Llama, has_kernels, pick_device
+from model import KVCache, Llama, LlamaConfig, has_kernels, pick_device, read_generation
 
 PREFILL_TOKENS = 4096  # in prompts computed together, padding included: enough to fill the processor
 CACHE_CHUNK = 64  # tokens of room behind the longest prompt in a dense cache; it grows by this or an eighth
@@ -337,8 +337,8 @@ class Sampler:
 
     slots: rows computed together; max_len: tokens, with the prompt, at which any completion ends; block_len:
     tokens per block of the KV cache, 0 for a dense one (None: 64 on a GPU, else dense); cache_tokens: what
-    all blocks hold (None: what the slots may need, on a GPU at most 90 % of free memory). tokenizer may be
-    None: then `text` is "" and nothing stops unless told to."""
+    all blocks hold at most (None: what the slots may need, on a GPU at most 90 % of the memory that is free
+    at the first call). tokenizer may be None: then `text` is "" and nothing stops unless told to."""
 
     def __init__(self, model: Llama, tokenizer, slots=64, max_len=None, block_len=None, cache_tokens=None):
         if slots < 1:
@@ -418,7 +418,7 @@ class Sampler:
 
 BLOCK_LEN = 64  # tokens per block of a paged cache, which is what a GPU gets
 GPU_SHARE = 0.9  # of the GPU's free memory that the cache may take
-RECOMPUTE_TOKENS = 1024  # of a preempted row computed at once: attention of more to a long row takes GiB
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def new_cache(model: Llama, slots: int, length: int, *blocks: int) -> KVCache:
@@ -497,9 +497,7 @@ class PagedCache:
         """The keys and values that a preempted row had, in a dense cache of their own."""
         cache = new_cache(self.model, 1, row.cached)
         tokens = torch.tensor([[*row.prompt, *row.tokens[:-1]]], device=cache.k.device)
-        for part in tokens.split(RECOMPUTE_TOKENS, 1):
-            self.model.hidden(part, cache=cache)
-            cache.lengths += part.shape[1]
+        self.model.hidden(tokens, cache=cache)
         return cache, 0
 
     def _free_prompts(self) -> bool:
@@ -510,9 +508,21 @@ class PagedCache:
         return True
 
 
+def token_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of a token take in all layers."""
+    return 2 * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize
+
+
+def free_tokens(model: Llama) -> int:
+    """Keys and values of how many tokens the free memory of the model's GPU could hold."""
+    torch.cuda.empty_cache()  # what torch keeps for later counts as taken otherwise
+    free = torch.cuda.mem_get_info(model.embed.weight.device)[0]
+    return free // token_bytes(model.config, model.compute_dtype)
+
+
 def make_cache(sampler: Sampler, groups: list[list[Row]]) -> DenseCache | PagedCache:
     """Room for the sampler's slots: blocks on a GPU or if it says so, as many as memory allows, or dense."""
-    model, size, c = sampler.model, sampler.block_len, sampler.model.config
+    model, size = sampler.model, sampler.block_len
     weight, rows = model.embed.weight, [row for group in groups for row in group]
     slots, longest = min(sampler.slots, len(rows)), max((len(r.prompt) + r.limit for r in rows), default=1)
     if size == 0 or size is None and not weight.is_cuda:
@@ -520,12 +530,10 @@ def make_cache(sampler: Sampler, groups: list[list[Row]]) -> DenseCache | PagedC
     size = size or BLOCK_LEN
     most = -(-longest // size)  # blocks of a row
     blocks = slots * (most + 1) + most  # one more per row, which admit() leaves free, and a prompt
+    if sampler.cache_tokens is None and weight.is_cuda:  # once: it decides what is preempted
+        sampler.cache_tokens = int(GPU_SHARE * free_tokens(model))
     if sampler.cache_tokens is not None:
         blocks = min(blocks, sampler.cache_tokens // size)
-    elif weight.is_cuda:
-        block_bytes = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size * model.compute_dtype.itemsize
-        torch.cuda.empty_cache()  # what torch has kept of earlier rollouts counts as taken otherwise
-        blocks = min(blocks, int(GPU_SHARE * torch.cuda.mem_get_info(weight.device)[0]) // block_bytes)
     if blocks < most:
         has = f"the KV cache has room for {blocks} blocks of {size} tokens, and a request needs up to {most}"
         raise ValueError(f"{has}: give it more memory (cache_tokens), or requests a lower max_new_tokens")
@@ -536,7 +544,8 @@ def decode_by_graph(rollout: Rollout, rows: int) -> None:
     """Rollout.decode as a CUDA graph, one per number of slots on the ladder 1, 2, 4, 8, 16, 32, 48, …
 
     Surplus slots are empty and ended. A rollout records its own graphs: its cache, and weights cast from
-    fp32, lie elsewhere in the next. None under FSDP2: its hooks wait for streams that a capture must not see.
+    fp32, lie elsewhere in the next. None with FSDP2's hooks (see unsharded()), which wait for streams that a
+    capture must not see.
     """
     rung = next((b for b in (1, 2, 4, 8) if b >= rows), -(-rows // 16) * 16)
     B, graphs = min(rung, rollout.slots), rollout.cache.graphs
@@ -549,7 +558,9 @@ def decode_by_graph(rollout: Rollout, rows: int) -> None:
 def capture(rollout: Rollout, B: int) -> torch.cuda.CUDAGraph:
     """Record a step of B slots without running it. Its tensors stay where they are while the graph lives."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=next((g.pool() for g in rollout.cache.graphs.values()), None)):
+    pool = next((g.pool() for g in rollout.cache.graphs.values()), None)
+    # thread_local: NCCL's watchdog, another thread, may ask for events meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         rollout.decode(B)
     return graph
 
@@ -575,29 +586,34 @@ def sampling_mode(model: Llama):
 
 
 @contextmanager
-def unsharded(model: Llama):
-    """Within, an FSDP2 model's weights are whole on every rank, and its forward does not communicate.
+def unsharded(sampler: Sampler):
+    """Within, the sampler of a model in training has a plain one: no FSDP2, compilation or recomputation.
 
-    So ranks may take different numbers of steps, which an all-gather per layer would not survive. It costs a
-    copy of the weights in the compute dtype. Other models are left alone. Enter it outside inference mode:
-    the gathered tensors are used by the training that follows."""
-    modules = [m for m in model.modules() if hasattr(m, "unshard")]  # FSDP2 gives it to those it has sharded
-    if not modules:
-        yield
-        return
-    assert not torch.is_inference_mode_enabled(), "enter unsharded() outside inference mode"
-    # FSDP2 takes the first module that runs for the root. The sampler calls hidden(): count it as the root's.
-    torch.distributed.fsdp.register_fsdp_forward_method(model, "hidden")
+    FSDP2 gathers its weights on every rank: they cost a copy in the compute dtype, but ranks may take
+    different numbers of steps, which an all-gather per layer would not survive. Other models are left alone.
+    Enter it outside inference mode: the gathered tensors are used by the training that follows."""
+    model = sampler.model
+    shards = [m for m in model.modules() if hasattr(m, "unshard")]  # FSDP2 gives it to those it has sharded
+    assert not shards or not torch.is_inference_mode_enabled(), "enter unsharded() outside inference mode"
     try:
-        for m in modules:
-            m.set_reshard_after_forward(False, recurse=False)
+        for m in shards:
             m.unshard()
+        if shards or any("forward" in vars(block) for block in model.blocks):  # midtrain.add_options()
+            sampler.model = plain(model)
         yield
     finally:
-        del model.hidden  # the instance's wrapper; the method is back
-        for m in modules:
+        sampler.model = model
+        for m in shards:
             m.reshard()
-            m.set_reshard_after_forward(m is not model, recurse=False)  # fully_shard's own defaults
+
+
+def plain(model: Llama) -> Llama:
+    """A Llama without hooks, with the same tensors as parameters."""
+    with torch.device("meta"):
+        bare = Llama(model.config)
+    bare.load_state_dict(dict(model.named_parameters()), assign=True)
+    bare.inv_freq, bare.compute_dtype = model.inv_freq, model.compute_dtype
+    return bare
 
 
 def truncate(probs: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
@@ -617,16 +633,32 @@ def truncate(probs: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
     return probs / probs.sum(-1, keepdim=True)
 
 
-def load_model(path: str, device: str = "cpu"):
-    """(model, tokenizer) of a checkpoint's folder, ours or Hugging Face's, in the dtype stored. Whether it is
-    whole is seen by files.find_checkpoint(); ValueError for another tokenizer than the training's."""
+def load_words(path: str):
+    """The tokenizer of a checkpoint's folder, with the ids at which a response ends. ValueError for another
+    than the training's."""
     tok = load_tokenizer(path)
     meta = files.read_json(os.path.join(path, "meta.json"), missing_ok=True) or {}  # only ours have one
     if meta.get("tokenizer", tok.hash) != tok.hash:
         raise ValueError(f"{path}: its tokenizer.model is not the one that this model was trained with")
-    model = Llama.from_pretrained(path).to(device).eval()
-    model.compute_dtype, tok.stop_ids = model.embed.weight.dtype, tok.stops(model.generation)
+    tok.stop_ids = tok.stops(read_generation(path))
+    return tok
+
+
+def load_model(path: str, device: str = "cpu", dtype: str = "auto"):
+    """(model, tokenizer) of a checkpoint's folder, ours or Hugging Face's, to be sampled. Whether it is whole
+    is seen by files.find_checkpoint(). dtype "auto": bf16 on a GPU that multiplies it, else as stored."""
+    tok, device = load_words(path), torch.device(device)
+    if dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        dtype = "bf16"
+    model = Llama.from_pretrained(path, device, DTYPES.get(dtype)).eval()
+    model.compute_dtype = model.embed.weight.dtype
     return model, tok
+
+
+def in_use(sampler: Sampler) -> str:
+    """bfloat16 on cuda"""
+    weight = sampler.model.embed.weight
+    return f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
 
 
 def respond(sampler: Sampler, text: str, args, seed: int) -> None:
@@ -659,9 +691,11 @@ def main() -> None:
     add("--greedy", action="store_true", help="always take the likeliest token: --temperature 0")
     add("--n", type=int, default=1, help="number of completions of the prompt")
     add("--seed", type=int, default=0, help="seed of the random numbers; a conversation adds 1 per turn")
+    add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 on a GPU, else as stored")
     args = parser.parse_args()
     folder = files.find_checkpoint(args.ckpt)
-    sampler = Sampler(*load_model(folder, str(pick_device())))
+    sampler = Sampler(*load_model(folder, str(pick_device()), args.dtype))
+    print(in_use(sampler), file=sys.stderr)
     ours = os.path.exists(os.path.join(folder, "meta.json"))
     args.template = args.template or ("simple" if ours or args.prompt is None else "none")
     if args.prompt is not None:

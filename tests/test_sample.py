@@ -6,12 +6,15 @@ import random
 import re
 import shutil
 import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sample
 from data import files, tokenizer
@@ -462,11 +465,10 @@ def test_any_pool_gives_the_same_tokens(seed, rollouts, monkeypatch):
     assert_no_block_is_lost(rollouts[-1])
 
 
-def test_a_preempted_row_is_computed_again_in_parts(rollouts, monkeypatch):
+def test_a_preempted_row_is_computed_again(rollouts, monkeypatch):
     """From its prompt and its tokens. What it has sampled stays as it is; what follows is as without."""
     model, how = random_llama(), {"n": 4, "max_new_tokens": 40, "stop": (3, 50)}
     dense = Sampler(model, None, slots=6).generate(PROMPTS, **how)
-    monkeypatch.setattr(sample, "RECOMPUTE_TOKENS", 5)
     hidden, preempt, forwards, preempted = model.hidden, sample.Rollout.preempt, [], []
     model.hidden = lambda tokens, cache: forwards.append(tokens.tolist()) or hidden(tokens, cache=cache)
 
@@ -481,8 +483,7 @@ def test_a_preempted_row_is_computed_again_in_parts(rollouts, monkeypatch):
     for row, tokens, logprobs in preempted:
         assert row.completion.tokens[: len(tokens)] == tokens
         assert row.completion.logprobs[: len(tokens)] == logprobs
-        computed = row.prompt + tokens[:-1]
-        assert all([computed[i : i + 5]] in forwards for i in range(0, len(computed), 5))
+        assert [row.prompt + tokens[:-1]] in forwards
 
 
 @pytest.mark.parametrize("block_len", [0, 4])
@@ -509,6 +510,50 @@ def test_rows_share_the_whole_blocks_of_their_prompt(rollouts):
     first, *others = (row.blocks for row in rollout.rows)
     assert all(blocks[:2] == first[:2] and blocks[2] != first[2] for blocks in others)
     assert [rollout.cache.allocator.users[b] for b in first[:3]] == [8, 8, 1]
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("what", ["a prompt", "a preempted row"])
+def test_a_long_prompt_makes_no_matrix_of_all_pairs(what):
+    model, T, largest = random_llama(), 2048, Largest()
+    sampler, prompt = Sampler(model, None, block_len=64), torch.arange(T).remainder(61).tolist()
+    with sample.sampling_mode(model), torch.inference_mode():
+        rollout = sampler._rollout([prompt, [1]], 1, 9, SamplingParams(), 0, ())
+        largest.numel = 0
+        with largest:
+            if what == "a prompt":
+                rollout.step()
+            else:
+                rollout.cache._recompute(sample.Row(prompt, 9, 0, [5, 6]))
+    assert T * CONFIG.intermediate_size <= largest.numel < T * T // 4
+
+
+def test_the_pool_is_sized_once(monkeypatch):
+    """Memory that training takes between two rollouts does not change what is preempted."""
+    def free(gib):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (gib << 30, 80 << 30))
+
+    class OnGPU:  # what make_cache() reads of a model on a GPU
+        config, compute_dtype = CONFIG, torch.bfloat16
+        embed = types.SimpleNamespace(weight=types.SimpleNamespace(is_cuda=True, device="cuda"))
+
+    pools = []
+    monkeypatch.setattr(sample, "PagedCache", lambda *how: pools.append(how[-1]))
+    sampler, rows = Sampler(OnGPU, None, slots=1 << 30), [[sample.Row([1] * 9, 1 << 12, 0)] * (1 << 20)]
+    for gib in (10, 3):
+        free(gib)
+        sample.make_cache(sampler, rows)
+    token = 2 * 2 * 2 * 8 * 2  # keys and values, layers, heads, width, bytes
+    assert sampler.cache_tokens == int(0.9 * ((10 << 30) // token))
+    assert pools == [sampler.cache_tokens // 64 + 1] * 2  # and the scratch block
 
 
 def test_a_request_that_no_cache_can_hold_is_refused():
@@ -695,6 +740,37 @@ def test_a_damaged_checkpoint_is_never_loaded(stage, tmp_path, capsys):
         files.find_checkpoint(str(tmp_path / "long"))
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "state"])
+def test_the_dtype_of_what_is_sampled(kind, stage, words, tmp_path):
+    """Matrices in the dtype asked for; norms and the rotary table, which bf16 would damage, stay exact."""
+    folder = str(stage / "checkpoints" / "step_000010")
+    stored = sample.load_model(folder)[0]
+    if kind == "state":  # as checkpoints of large models are: without model.safetensors
+        import torch.distributed.checkpoint as dcp
+
+        folder = shutil.copytree(folder, tmp_path / "large")
+        (folder / "model.safetensors").unlink()
+        dcp.save({"model": stored.state_dict()}, checkpoint_id=str(folder / "state"), no_dist=True)
+    half = sample.load_model(str(folder), "cpu", "bf16")[0]
+    assert stored.compute_dtype == torch.float32 and half.compute_dtype == torch.bfloat16
+    assert half.inv_freq.dtype == torch.float32 and torch.equal(half.inv_freq, stored.inv_freq)
+    for p, q in zip(half.parameters(), stored.parameters(), strict=True):
+        assert p.dtype == (torch.bfloat16 if p.ndim > 1 else torch.float32) and torch.equal(p, q.to(p.dtype))
+    assert sample.load_model(str(folder))[0].embed.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("capability, asked, used", [
+    ((9, 0), "auto", torch.bfloat16), ((8, 0), "fp32", torch.float32), ((7, 5), "auto", None),
+])
+def test_a_gpu_samples_in_bf16(capability, asked, used, stage, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(Llama, "from_pretrained", lambda *how: loaded.append(how) or random_llama())
+    folder = str(stage / "checkpoints" / "step_000010")
+    sample.load_model(folder, "cuda:0", asked)
+    assert loaded == [(folder, torch.device("cuda:0"), used)]
+
+
 def test_load_refuses_another_tokenizer_of_the_same_size(words, tmp_path):
     random_llama(replace(CONFIG, vocab_size=280)).save_pretrained(tmp_path)
     words.save(tmp_path)
@@ -736,7 +812,10 @@ def test_command_line(stage, words, monkeypatch, capsys):
     assert command(monkeypatch, *call, "--template", "none") == 0
     sampler = Sampler(*sample.load_model(files.find_checkpoint(str(stage))))
     completion = sampler.generate([words.encode("the cat")], max_new_tokens=12, seed=3)[0][0]
-    assert capsys.readouterr().out == completion.text + "\n"
+    said = capsys.readouterr()
+    assert said.out == completion.text + "\n" and said.err.startswith("float32 on cpu\n")
+    assert command(monkeypatch, *call, "--dtype", "bf16") == 0
+    assert capsys.readouterr().err.startswith("bfloat16 on cpu\n")
     assert command(monkeypatch, *call, "--n", 3, "--template", "simple", "--top-k", 5) == 0
     assert capsys.readouterr().out.count("--- ") == 3
     assert command(monkeypatch, *call, "--greedy", "--template", "complex") == 0
@@ -792,11 +871,36 @@ def test_conversation(stage, monkeypatch, capsys):
 def test_command_line_errors(args, message, stage, monkeypatch, capsys):
     assert command(monkeypatch, *(str(stage) if arg == "STAGE" else arg for arg in args)) == 2
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and re.search(message, captured.err), captured.err
+    assert re.fullmatch(r"(float32 on cpu\n)?.+\n", captured.err) and re.search(message, captured.err)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # FSDP2: two ranks on a CPU
+
+
+def check_alias(plain: Llama, model: Llama) -> None:
+    """A plain Llama, which CUDA graphs can record, on the very tensors that were gathered."""
+    assert plain is not model and not any(hasattr(m, "unshard") for m in plain.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in plain.modules())
+    gathered = dict(model.named_parameters())
+    for name, p in plain.named_parameters():
+        assert not hasattr(p, "device_mesh") and p.data_ptr() == gathered[name].data_ptr(), name
+
+
+def test_options_of_training_are_not_the_samplers():
+    """Compiled or recomputed blocks are sampled plain, on the same weights: no rollout compiles anything."""
+    import midtrain
+
+    model = midtrain.add_options(random_llama(), compile=True, checkpointing=True)
+    sampler, counters = Sampler(model, None), torch._dynamo.utils.counters
+    counters.clear()
+    with unsharded(sampler):
+        check_alias(sampler.model, model)
+        said = tokens_of(sampler.generate(PROMPTS, max_new_tokens=9))
+    assert sampler.model is model and not counters["stats"]
+    assert said == tokens_of(Sampler(random_llama(), None).generate(PROMPTS, max_new_tokens=9))
+    with unsharded(sampler := Sampler(plain := random_llama(), None)):
+        assert sampler.model is plain
 
 
 def fsdp_rank(rank: int, folder: str) -> None:
@@ -812,10 +916,13 @@ def fsdp_rank(rank: int, folder: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     results = []
     for mine in (range(rank, len(PROMPTS), 2), [] if rank else range(len(PROMPTS))):
-        with unsharded(model):
+        sampler = Sampler(model, None, slots=3)
+        with unsharded(sampler):
+            check_alias(sampler.model, model)
             limits = [5 + 7 * i for i in mine]
             prompts, ids = [PROMPTS[i] for i in mine], list(mine)
-            part = Sampler(model, None, slots=3).generate(prompts, 2, limits, request_ids=ids)
+            part = sampler.generate(prompts, 2, limits, request_ids=ids)
+        assert sampler.model is model
         local = sum(p.to_local().numel() for p in model.parameters())  # DTensors again, and half of them here
         assert abs(2 * local / model.config.num_params() - 1) < 0.01  # 61 rows split unevenly
         gathered = [None, None]
