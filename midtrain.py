@@ -478,12 +478,7 @@ def build_model(settings: Settings, source: str | None, data_dir: str, args, wor
     if words and not tokenizer.load(words).agrees(tokenizer.load(data_dir)):
         how = f"prepare the data again with --tokenizer {words}"
         raise ValueError(f"{data_dir} was prepared with another tokenizer than {source}'s: {how}")
-    with torch.device("meta"):  # no rank holds the whole model, not even for a moment
-        model = Llama(config)
-    model = add_options(model, args.compile, args.activation_checkpointing)
-    model = apply_fsdp(model, world, DTYPES[settings.dtype], args.replicate)
-    model.to_empty(device=world.device)
-    model.init_rope()
+    model = empty_model(config, args, settings.dtype, world, args.replicate)
     if from_init:
         load_pretrained(model, source)
     elif not source:
@@ -492,6 +487,16 @@ def build_model(settings: Settings, source: str | None, data_dir: str, args, wor
     if source and not from_init:
         load_checkpoint(source, model, optimizer)
     return model, optimizer
+
+
+def empty_model(config: LlamaConfig, args, dtype: str, world: World, replicas=1, dynamic=None) -> Llama:
+    """A sharded model whose weights are still to be set: no rank holds a whole one, not even for a moment."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model = add_options(model, args.compile, args.activation_checkpointing, dynamic)
+    model = apply_fsdp(model, world, DTYPES[dtype], replicas).to_empty(device=world.device)
+    model.init_rope()
+    return model
 
 
 def token_bytes(tok: Tokenizer) -> Tensor:
@@ -520,6 +525,8 @@ def setup(threads: int | None = None) -> World:
     """Join the other processes if torchrun started this one, choose the device, make sums repeatable."""
     if threads:
         torch.set_num_threads(threads)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):  # read when CUDA starts
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # else rollouts and updates cut it up
     device, ranks = pick_device(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if cuda := device.type == "cuda":
         if ranks > (cards := torch.cuda.device_count()):
@@ -675,11 +682,12 @@ def apply_fsdp(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1
     return fully_shard(model, mesh=mesh, mp_policy=policy)  # the root group: embedding, output, last norm
 
 
-def add_options(model: Llama, compile: bool, checkpointing: bool) -> Llama:
-    """Per block, before sharding: compile; recompute activations in the backward pass."""
+def add_options(model: Llama, compile: bool, checkpointing: bool, dynamic: bool | None = None) -> Llama:
+    """Per block, before sharding: compile (dynamic: for batches of all shapes); recompute activations in the
+    backward pass."""
     for block in model.blocks:
         if compile:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=dynamic)
         if checkpointing:  # around what is compiled: the other way round nothing would be (torch 2.13)
             block.forward = partial(recompute, block.forward, use_reentrant=False)
     return model
@@ -988,7 +996,7 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int) -> dict[str, 
     return parts | {"peak": always + max(forward_end, backward_end)}
 
 
-def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
+def check_memory(config: LlamaConfig, args, dtype: str, world: World, flag="--micro-batch") -> None:
     """ValueError if a GPU does not have free what the plan says that a rank needs."""
     if world.device.type != "cuda":
         return
@@ -996,7 +1004,7 @@ def check_memory(config: LlamaConfig, args, dtype: str, world: World) -> None:
     if plan["peak"] > free:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items() if name != "peak")
         needs = f"a rank needs about {plan['peak'] / 2**30:.1f} GiB and has {free / 2**30:.1f} ({parts})"
-        raise ValueError(f"{needs}: use a smaller --micro-batch, --activation-checkpointing, or more ranks")
+        raise ValueError(f"{needs}: use a smaller {flag}, --activation-checkpointing, or more ranks")
 
 
 def planned_epochs(args, steps: int) -> str:

@@ -23,6 +23,7 @@ makes a value network unnecessary; then one or more clipped policy-gradient upda
     python rl.py --branch long                                     # from runs/tiny/long, in runs/tiny/rl-long
     python rl.py --ckpt runs/tiny/stable@1200                      # from a step that --keep-every kept
     python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl # rows {"problem": ..., "answer": ...}
+    python rl.py --plan --preset 8b                              # memory and seconds per step on 1 and 8 GPUs
     python rl.py --ckpt DIR --prompts hub:openai/gsm8k:main --eval gsm8k --data DATA
     torchrun --nproc_per_node=8 rl.py --branch long --preset 3b --prompts FILE   # a CPU: the same, gloo
 
@@ -53,6 +54,7 @@ import numbers
 import os
 import time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -63,8 +65,8 @@ import midtrain
 import verify
 from data import benchmarks, files, prompts, recipes, synth
 from midtrain import World
-from model import Llama
-from sample import Sampler, load_model, unsharded
+from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained
+from sample import GPU_SHARE, Sampler, free_tokens, load_words, sampling_mode, token_bytes, unsharded
 
 # ---- The algorithm, on plain tensors -----------------------------------------------------------------------
 
@@ -384,7 +386,7 @@ def collate(rows: list[PackedRow], device) -> MicroBatch:
     in the collectives."""
     samples = [s for row in rows for s in row.samples]
     N, T = len(samples), max((len(s.tokens) for s in samples), default=1)
-    B, W = max(1, len(rows)), max((row.length for row in rows), default=1)
+    B, W = max(1, len(rows)), max((row.length for row in rows), default=2)  # 1 would be compiled apart
     tokens, targets, doc_start = np.zeros((B, W), int), np.full((B, W), -1), np.zeros((B, W), int)
     logp_index, mask = np.zeros((N, T), int), np.zeros((N, T), np.float32)
     sampler_logp, i, prefix = np.zeros((N, T), np.float32), 0, np.zeros(B, int)
@@ -509,9 +511,13 @@ def train(args, world: World) -> None:
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
     args.length_caps, args.stop = parse_schedule(args.length_schedule), (*tok.stop_ids, *prompts.STOP)
     optimizer = midtrain.make_optimizer(model, args.lr, weight_decay=0.0)
+    if world.device.type == "cuda":
+        make_state(optimizer)
     sampler = Sampler(model, tok, args.slots)
     saved = midtrain.on_rank0(lambda: midtrain.open_folder(folder, settings))
-    start = midtrain.load_checkpoint(saved, model, optimizer)["step"] if saved else 0
+    meta = midtrain.load_checkpoint(saved, model, optimizer) if saved else {}
+    start = meta.get("step", 0)
+    size_pool(sampler, meta.get("cache_tokens"), args, world)
     late, begun = {}, time.perf_counter()
     due = folder, start, args.steps, args.eval_every, "eval_accuracy"
     if saved and midtrain.on_rank0(lambda: midtrain.unevaluated(*due)):
@@ -520,7 +526,8 @@ def train(args, world: World) -> None:
     begin = f"goes on at step {start}" if saved else f"starts from {source}"
     sizes = f"{len(train_problems)} problems, {len(held_out)} held out"
     files.print0(f"[{name}] {begin}: {sizes}, {args.dtype} on {world.size} x {world.device.type}")
-    at, meta = start, {"stage": name, "settings": settings}  # at: the step that was saved last
+    meta = {"stage": name, "settings": settings, "cache_tokens": sampler.cache_tokens}
+    at = start  # the step that was saved last
     with midtrain.Interrupt(name, world) as interrupt:
         sampler.halted = lambda: interrupt.signum  # what it was doing then is dropped
         if not saved:
@@ -555,7 +562,7 @@ def train(args, world: World) -> None:
 def grpo_step(model, reference, optimizer, sampler, train_problems, step, folder, args, world, interrupt):
     """Rollouts, rewards, update → a row of metrics; {} if a signal came before the weights changed."""
     cap, start = length_cap(args.length_caps, step - 1), time.perf_counter()
-    with unsharded(model):
+    with unsharded(sampler):
         made = rollouts_of_step(sampler, train_problems, step - 1, cap, args, world)
     if interrupt.agreed():
         return {}
@@ -581,7 +588,7 @@ def evaluate(sampler, held_out: list[dict], step: int, name: str, args, world, s
     start, problems = time.perf_counter(), held_out
     if 0 < step < args.steps:
         problems = held_out[: args.eval_subset]
-    with unsharded(sampler.model):
+    with unsharded(sampler):
         samples = rollout(sampler, problems, 1, length_cap(args.length_caps, step), 0.0, 0, args, world)
     if stop():
         return {}
@@ -639,11 +646,50 @@ def load_policy(source: str, args, world: World):
     dtype, and its weights' fingerprint, so that a run is not continued from a start that was trained anew."""
     if args.dtype == "auto":
         args.dtype = midtrain.fastest_dtype(world.device)
-    loaded = [load_model(source) for _ in range(2 if args.kl_coef else 1)]
-    norm = loaded[0][0].norm.weight.detach().float().numpy()  # one small tensor is enough to know them by
-    args.weights, dtype = hashlib.sha256(norm.tobytes()).hexdigest()[:16], midtrain.DTYPES[args.dtype]
-    model, *reference = (midtrain.apply_fsdp(m.float(), world, dtype) for m, _ in loaded)
-    return model, reference[0] if reference else None, loaded[0][1]
+    tok, config = load_words(source), config_from_hf(files.read_json(os.path.join(source, "config.json")))
+
+    def load() -> Llama:
+        model = midtrain.empty_model(config, args, args.dtype, world, dynamic=True)  # rows and widths vary
+        load_pretrained(model, source)
+        return model
+
+    reference = load() if args.kl_coef else None
+    midtrain.check_memory(config, micro_batch(args, world.size), args.dtype, world, "--micro-tokens")
+    model = load()
+    norm = model.norm.weight.detach()  # one small tensor is enough to know them by
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).cpu().numpy()
+    args.weights = hashlib.sha256(norm.tobytes()).hexdigest()[:16]
+    return model, reference, tok
+
+
+def make_state(optimizer: torch.optim.AdamW) -> None:
+    """Adam's state, which its first step would make: the KV cache is to have what it leaves."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+
+
+def size_pool(sampler: Sampler, stored: int | None, args, world: World) -> None:
+    """How many tokens the KV cache of a GPU holds. It decides what is preempted and so, in bf16, bits: all
+    ranks, and a run that goes on (`stored`: with what it had), have the same as long as that fits."""
+    if world.device.type != "cuda":
+        return
+    with unsharded(sampler), sampling_mode(sampler.model):
+        free = int(over_ranks([free_tokens(sampler.model)], world, dist.ReduceOp.MIN)[0])
+    sampler.cache_tokens = stored if stored and stored <= free else int(GPU_SHARE * free)
+    if stored and stored > free:
+        has = f"the KV cache holds {sampler.cache_tokens:,} tokens now, not {stored:,}"
+        files.print0(f"{has}: bits may differ from those of a run that was not interrupted")
+    if sampler.cache_tokens < (longest := args.max_prompt + max(args.length_caps.values())):
+        has = f"the KV cache has room for {sampler.cache_tokens:,} tokens, and a row takes up to {longest:,}"
+        raise ValueError(f"{has}: use more ranks, or a lower --max-new-tokens")
+
+
+def micro_batch(args, ranks: int) -> SimpleNamespace:
+    """The largest micro-batch, in the terms of midtrain.memory_plan(): one of several."""
+    longest = args.max_prompt + max(parse_schedule(args.length_schedule).values())
+    tokens = max(args.micro_tokens, args.row_tokens, longest)
+    return SimpleNamespace(**vars(args) | dict(micro_batch=1, batch=2 * ranks, seq_len=tokens, replicate=1))
 
 
 def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
@@ -676,6 +722,47 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
         out = f"{len(train) - len(kept)} of {len(train)} prompts left out: longer than {limit} tokens"
         files.print0(f"{out} (the longest, problem {lengths.index(most) + 1}, has {most})")
     return kept, held_out
+
+
+BANDWIDTH, REACHED = 4.8e12, 0.6  # bytes per second from the memory of a PLAN_DEVICE; decoding's share of it
+
+
+def plan_row(config: LlamaConfig, args, dtype: torch.dtype, name: str, gpus: int, cap: int) -> list:
+    """GiB on a GPU, rows of the KV cache, and seconds of a step in which every response is `cap` tokens."""
+    params, size, tokens = config.num_params(), dtype.itemsize, args.max_prompt + cap
+    reference, each = bool(args.kl_coef) * 4 * params / gpus, tokens * token_bytes(config, dtype)
+    copy = size * params if gpus > 1 or size < 4 else 0  # gathered, or in the dtype of the activations
+    pool = max(0.0, midtrain.PLAN_MEMORY - 12 * params / gpus - reference - copy) * GPU_SHARE
+    rows, responses = int(pool // each), math.ceil(args.prompts_per_step * args.rollouts / gpus)
+    peak = reference + midtrain.memory_plan(config, micro_batch(args, gpus), name, gpus)["peak"]
+    row = [gpus, cap, *(f"{x / 2**30:.1f}" for x in (copy, pool)), rows, f"{peak / 2**30:.1f}"]
+    if not rows or peak > midtrain.PLAN_MEMORY:
+        return [*row, "does not fit"]
+    side, bandwidth = min(args.slots, responses, rows), BANDWIDTH * REACHED
+    rate = midtrain.PLAN_MFU * midtrain.PEAK_FLOPS[midtrain.PLAN_DEVICE]
+    step = max(size * params / bandwidth, 2 * params * side / rate)  # reads the weights once
+    cache = responses * cap * (each - cap / 2 * each / tokens) / bandwidth
+    passes = 1 + (args.activation_checkpointing + (args.updates > 1) + bool(args.kl_coef)) / 3
+    update = responses * tokens * midtrain.flops_per_token(config, tokens) * passes / rate
+    return [*row, f"{responses * cap / side * step + cache:.0f}", f"{update:.0f}"]
+
+
+def show_plan(args) -> None:
+    """Print memory and time of a step, by the length cap, on several numbers of GPUs."""
+    config, name = PRESETS[args.preset], "bf16" if args.dtype == "auto" else args.dtype
+    if args.ckpt:
+        config = config_from_hf(files.read_json(f"{files.find_checkpoint(args.ckpt)}/config.json"))
+    asked = f"{args.prompts_per_step} x {args.rollouts} responses, {args.updates} updates"
+    print(f"{config.num_params():,} parameters in {name}, {asked}; GiB per GPU, seconds per step")
+    print(f"On {midtrain.PLAN_DEVICE}s of {midtrain.PLAN_MEMORY >> 30} GiB, if every response is as long as "
+          f"the cap and has a signal, products reach {midtrain.PLAN_MFU:.0%} of the peak, and decoding reads "
+          f"memory at {REACHED:.0%} of {BANDWIDTH / 1e12} TB/s")
+    titles = ("GPUs", "cap", "weights to sample", "KV cache", "rows in it", "update", "rollout s", "update s")
+    print("  ".join(titles))
+    for gpus in sorted({1, 8, int(os.environ.get("WORLD_SIZE", "1"))}):
+        for cap in parse_schedule(args.length_schedule).values():
+            row = plan_row(config, args, midtrain.DTYPES[name], name, gpus, cap)
+            print("  ".join(f"{x:>{len(title)}}" for x, title in zip(row, titles)))
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -722,7 +809,8 @@ VARIANTS = {
 }
 # Flags that may differ when a run goes on: the results so far do not depend on them
 MAY_CHANGE = (
-    "out", "steps", "threads", "log_every", "save_every", "text_every", "max_new_tokens", "tensorboard")
+    "out", "steps", "threads", "log_every", "save_every", "text_every", "max_new_tokens", "tensorboard",
+    "compile", "activation_checkpointing", "plan")
 
 
 def parse_args():
@@ -742,6 +830,9 @@ def parse_args():
     add("--dtype", default="auto", choices=("auto", *midtrain.DTYPES), help="dtype of activations")
     add("--template", default="simple", choices=prompts.TEMPLATES, help="what surrounds a problem")
     add("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
+    add("--compile", action="store_true", help="torch.compile each block for the updates")
+    add("--activation-checkpointing", action="store_true", help="recompute activations: less memory")
+    add("--plan", action="store_true", help="print GPU memory and seconds of a step")
     add("--tensorboard", action="store_true", help="metrics to TensorBoard too, if it is installed")
     for name, (default, text) in VARIANTS.items():
         flag, choices = "--" + name.replace("_", "-"), default if isinstance(default, tuple) else None
@@ -790,6 +881,8 @@ def check_args(args) -> None:
 def main() -> None:
     with midtrain.clean_exit():
         args = parse_args()
+        if args.plan:
+            return show_plan(args)
         check_args(args)
         world = midtrain.setup(args.threads)
         with midtrain.lock_for_all(os.path.join(args.out, starting_point(args)[1])):

@@ -1213,17 +1213,19 @@ def run_benches(args) -> None:
     suites = {source: benchmarks.load_problems(source, args.data, args.limit, args.seed, recipes.columns_of(
         benchmarks.find(source)[0], args.columns)) for source in chosen}
     import midtrain  # imports torch, which takes a second
-    from sample import Sampler, load_model
+    from sample import Sampler, in_use, load_model
 
     world, results = midtrain.setup(), {}
     folder = midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt))
     out = args.out or os.path.join(args.ckpt if os.path.isdir(args.ckpt) else folder, "bench")
-    sampler = Sampler(*load_model(folder, str(world.device)))
+    sampler = Sampler(*load_model(folder, str(world.device), args.dtype))
+    files.print0(f"{folder}: {in_use(sampler)}")
+    args.dtype = in_use(sampler).split()[0]
     for source, problems in suites.items():
         name, bench = benchmarks.find(source)
         for warning in benchmarks.seen_in_training(os.path.dirname(os.path.dirname(folder)), name, problems):
             files.print0(f"warning: {warning}")
-        keys = ("limit", "template", "shots", "n", "temperature", "max_new_tokens", "seed")
+        keys = ("dtype", "limit", "template", "shots", "n", "temperature", "max_new_tokens", "seed")
         settings = {
             "checkpoint": os.path.realpath(folder), "weights": os.path.getmtime(f"{folder}/config.json"),
             "items": len(problems), **{key: getattr(args, key) for key in keys}}
@@ -1357,6 +1359,8 @@ def main() -> None:
     add("--max-new-tokens", type=int, default=1024, help="longest response in tokens (default %(default)s)")
     add("--limit", type=int, help="take only the first LIMIT problems (synth: make so many, default 500)")
     add("--seed", type=int, default=0, help="seed of the sampling, and of synth's problems")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"),
+        help="dtype of weights and activations (default auto: bf16 on a GPU, else as stored)")
     args = parser.parse_args()
     if (args.grade is None) == (args.ckpt is None):
         parser.error("give --grade FILE or --ckpt DIR, one of the two")
