@@ -2,11 +2,13 @@
 a bandit is learned; a run that is killed goes on as if it had not been."""
 
 import collections
+import hashlib
 import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -1023,10 +1025,153 @@ def test_other_settings_are_refused(checkpoint, tmp_path, monkeypatch):
         run(monkeypatch, command(checkpoint, tmp_path, "--lr", "0.5"))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Memory, speed and shapes of a GPU
+
+
+def load_program(folder):
+    """What two ranks hold of the policy and of its reference, without either reading a whole model."""
+    world, found = midtrain.setup(1), {}
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(Llama, "from_pretrained", None)
+    for kind in ("safetensors", "state"):
+        args = settings(dtype="fp32", kl_coef=0.1, compile=False, activation_checkpointing=True,
+            max_prompt=9, length_schedule="0:9")
+        models = rl.load_policy(f"{folder}/{kind}", args, world)[:2]
+        assert all(p.to_local().numel() <= 0.6 * p.numel() for m in models for p in m.parameters() if p.ndim > 1)
+        found[kind] = (*map(whole_weights, models), args.weights)
+    if world.rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+
+
+def test_each_rank_loads_its_shard(checkpoint, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    alone = Llama.from_pretrained(checkpoint)
+    for kind in ("safetensors", "state"):
+        shutil.copytree(checkpoint, tmp_path / kind)
+    (tmp_path / "state/model.safetensors").unlink()  # as our checkpoints of large models
+    dcp.save({"model": alone.state_dict()}, checkpoint_id=str(tmp_path / "state/state"), no_dist=True)
+    on_two_ranks("load", str(tmp_path))
+    norm = hashlib.sha256(alone.norm.weight.detach().numpy().tobytes()).hexdigest()[:16]
+    for *models, weights in torch.load(tmp_path / "found.pt").values():
+        assert weights == norm, "what one process notes, and earlier runs have noted"
+        assert all(torch.equal(m[k], p) for m in models for k, p in alone.named_parameters())
+
+
+def test_adams_state_made_early_changes_no_bit():
+    weights = []
+    for early in (False, True):
+        model = micro_model()
+        optimizer = midtrain.make_optimizer(model, 1e-2, weight_decay=0.0)
+        if early:
+            rl.make_state(optimizer)
+        for _ in range(3):
+            rl.update(model, None, optimizer, some_samples(), 10, settings(), ALONE)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_a_run_has_one_pool(monkeypatch, capsys):
+    """Whatever is free later, and when it goes on; one that no longer fits is made anew, and that is said."""
+    gpu = midtrain.World(device=torch.device("cuda"))
+    monkeypatch.setattr(rl, "over_ranks", lambda values, world, op: values)
+    args = SimpleNamespace(max_prompt=100, length_caps={0: 400, 9: 900})
+    token = 2 * 1 * 1 * 8 * 4  # keys and values, layers, heads, width, bytes
+
+    def sized(tokens_free, stored=None):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (tokens_free * token, 1 << 40))
+        sampler = Sampler(micro_model(), None)
+        rl.size_pool(sampler, stored, args, gpu)
+        return sampler.cache_tokens
+
+    first = sized(10_000)
+    assert first == 9_000 == sized(50_000, first) == sized(9_001, first)
+    assert not capsys.readouterr().out
+    assert sized(5_000, first) == 4_500 and "4,500 tokens now, not 9,000" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="room for 900 tokens, and a row takes up to 1,000: use more ranks"):
+        sized(1_000)
+    sampler = Sampler(micro_model(), None)
+    rl.size_pool(sampler, None, args, ALONE)
+    assert sampler.cache_tokens is None, "a CPU has no pool"
+
+
+def test_a_resumed_run_has_the_pool_of_its_checkpoint(checkpoint, tmp_path, monkeypatch):
+    seen, pool = [], lambda sampler, stored, args, world: (
+        seen.append(stored), setattr(sampler, "cache_tokens", stored or 7_777))
+    monkeypatch.setattr(rl, "size_pool", pool)
+    for steps in ("2", "4", "6"):
+        run(monkeypatch, command(checkpoint, tmp_path, "--steps", steps))
+    assert seen == [None, 7_777, 7_777]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_batches_of_all_shapes_are_compiled_twice(share, monkeypatch):
+    """Each of the two kinds of block, the first and those behind, for one row and for several; with and
+    without gradient."""
+    config = replace(MICRO, num_layers=3)
+    plain, model = micro_model(config=config), micro_model(config=config)
+    torch._dynamo.reset()
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiled(f, dynamic=dynamic, backend="eager"))
+    midtrain.add_options(model, True, False, dynamic=True)
+    monkeypatch.setattr(rl, "shares_prompts", lambda device: share)
+    samples, counters = some_samples(groups=6), torch._dynamo.utils.counters
+    rows = sorted(rl.pack_rows(samples, 24, share), key=lambda row: row.length)
+    counters.clear()
+    for grad in (True, False):
+        for n in (4, 2, 1, 3, 2, 4):
+            b = rl.collate(rows[:n], "cpu")
+            with torch.set_grad_enabled(grad):
+                ours = rl.log_probs(model, b, 1.0) * b.mask
+            torch.testing.assert_close(ours, rl.log_probs(plain, b, 1.0) * b.mask, rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] <= 4 * (2 - grad)
+
+
+def plan(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--plan", *flags])
+    rl.main()
+    first, *_, titles = (lines := capsys.readouterr().out.splitlines())[:3]
+    return first, [line.split() for line in lines[3:]]
+
+
+def test_the_plan(checkpoint, monkeypatch, capsys):
+    """What fits by itself does; what does not is said; recomputation makes 8B fit on one GPU."""
+    _, rows = plan(monkeypatch, capsys, "--preset", "8b")
+    assert [row[:2] for row in rows] == [[gpus, cap] for gpus in "18" for cap in ("2048", "4096", "8192")]
+    assert ["does not fit" in " ".join(row) for row in rows] == [True] * 3 + [False] * 3
+    whole = rows[-1]
+    _, rows = plan(monkeypatch, capsys, "--preset", "8b", "--activation-checkpointing")
+    assert not any("fit" in row for row in rows)
+    assert float(rows[-1][5]) < float(whole[5]) / 2 and float(rows[-1][7]) > float(whole[7])
+    assert rows[-1][3:5] == whole[3:5] and int(whole[4]) == int(float(whole[3]) * 2**30 // (8592 * 131_072))
+    said, _ = plan(monkeypatch, capsys, "--ckpt", checkpoint)
+    assert said.startswith(f"{replace(MICRO, vocab_size=300).num_params():,} parameters in bf16")
+
+
+def test_an_update_that_does_not_fit_is_refused_before_the_model_is_made(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 20, 1 << 30))
+    args = SimpleNamespace(dtype="bf16", kl_coef=0.0, compile=False, activation_checkpointing=False,
+        max_prompt=400, micro_tokens=512, row_tokens=256, length_schedule="0:100,9:8000")
+    gpu = midtrain.World(device=torch.device("cuda"))
+    assert rl.micro_batch(args, 8).seq_len == 8400
+    monkeypatch.setattr(midtrain, "empty_model", lambda *how, **more: pytest.fail("it was made"))
+    with pytest.raises(ValueError, match=r"has 0.0 \(parameters .*use a smaller --micro-tokens, --activation"):
+        rl.load_policy(checkpoint, args, gpu)
+
+
+def test_checkpointing_and_compilation_may_change_and_rollouts_stay_plain(
+        checkpoint, uninterrupted, tmp_path, monkeypatch):
+    """With recomputation a run is the same to the bit."""
+    run(monkeypatch, command(checkpoint, tmp_path, "--steps", "4"))
+    run(monkeypatch, command(checkpoint, tmp_path, "--activation-checkpointing"))
+    assert outcome(tmp_path)[0] == uninterrupted[0]
+
+
 if __name__ == "__main__":  # what the tests above start as processes of their own
-    if sys.argv[1] == "ranks":
+    if sys.argv[1] in ("ranks", "load"):
         with rl.midtrain.clean_exit():  # leaves as the programs do, before gloo's threads can abort it
-            ranks_program(sys.argv[2])
+            {"ranks": ranks_program, "load": load_program}[sys.argv[1]](sys.argv[2])
     else:
         rl.verify.reward, sys.argv = odd_reward, sys.argv[2:]
         rl.main()

@@ -596,8 +596,9 @@ def test_finished_benchmarks_are_skipped_and_others_repeated_on_any_number_of_ra
     (out / "mmlu_stem.json").unlink()  # as if killed before the settings were written: rows count for nothing
     ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     again = bench(checkpoint, tmp_path / "cut", "--shots", "2", launch=ranks)
-    assert again.splitlines()[0] == f"{out / 'gsm8k.jsonl'} is finished: skipped"
-    assert again.splitlines()[1:-1] == said.splitlines()[:-1]
+    assert again.splitlines()[0] == said.splitlines()[0] == f"{checkpoint}: float32 on cpu"
+    assert again.splitlines()[1] == f"{out / 'gsm8k.jsonl'} is finished: skipped"
+    assert again.splitlines()[2:-1] == said.splitlines()[1:-1]
     assert (out / "gsm8k.jsonl").stat().st_mtime_ns == kept
     for name in ("gsm8k", "mmlu_stem"):
         assert (out / f"{name}.jsonl").read_text() == (tmp_path / f"one/out/{name}.jsonl").read_text()
@@ -605,6 +606,8 @@ def test_finished_benchmarks_are_skipped_and_others_repeated_on_any_number_of_ra
     done = run("--ckpt", checkpoint, "--data", one, "--out", one / "out", "--bench", "gsm8k")
     assert done.returncode == 2
     assert "other settings (shots 2 → 0; n 2 → 1; temperature 1.0 → 0.0" in done.stderr
+    done = run("--ckpt", checkpoint, "--data", one, "--out", one / "out", "--bench", "gsm8k", "--dtype", "bf16")
+    assert "other settings (dtype float32 → bfloat16; shots 2 → 0" in done.stderr
 
 
 def test_one_door_for_problems(tmp_path, monkeypatch):
