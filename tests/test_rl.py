@@ -1038,7 +1038,8 @@ def load_program(folder):
         args = settings(dtype="fp32", kl_coef=0.1, compile=False, activation_checkpointing=True,
             max_prompt=9, length_schedule="0:9")
         models = rl.load_policy(f"{folder}/{kind}", args, world)[:2]
-        assert all(p.to_local().numel() <= 0.6 * p.numel() for m in models for p in m.parameters() if p.ndim > 1)
+        matrices = [p for m in models for p in m.parameters() if p.ndim > 1]
+        assert all(p.to_local().numel() <= 0.6 * p.numel() for p in matrices)
         found[kind] = (*map(whole_weights, models), args.weights)
     if world.rank == 0:
         torch.save(found, f"{folder}/found.pt")
@@ -1156,7 +1157,7 @@ def test_an_update_that_does_not_fit_is_refused_before_the_model_is_made(checkpo
     gpu = midtrain.World(device=torch.device("cuda"))
     assert rl.micro_batch(args, 8).seq_len == 8400
     monkeypatch.setattr(midtrain, "empty_model", lambda *how, **more: pytest.fail("it was made"))
-    with pytest.raises(ValueError, match=r"has 0.0 \(parameters .*use a smaller --micro-tokens, --activation"):
+    with pytest.raises(ValueError, match=r"has 0.0 \(parameters .*use a smaller --micro-tokens, "):
         rl.load_policy(checkpoint, args, gpu)
 
 
