@@ -678,8 +678,8 @@ def size_pool(sampler: Sampler, stored: int | None, args, world: World) -> None:
         free = int(over_ranks([free_tokens(sampler.model)], world, dist.ReduceOp.MIN)[0])
     sampler.cache_tokens = stored if stored and stored <= free else int(GPU_SHARE * free)
     if stored and stored > free:
-        has = f"the KV cache holds {sampler.cache_tokens:,} tokens now, not {stored:,}"
-        files.print0(f"{has}: bits may differ from those of a run that was not interrupted")
+        has = f"{sampler.cache_tokens:,} tokens now, not {stored:,}"
+        files.print0(f"the KV cache holds {has}: bits may differ")
     if sampler.cache_tokens < (longest := args.max_prompt + max(args.length_caps.values())):
         has = f"the KV cache has room for {sampler.cache_tokens:,} tokens, and a row takes up to {longest:,}"
         raise ValueError(f"{has}: use more ranks, or a lower --max-new-tokens")

@@ -593,7 +593,7 @@ def unsharded(sampler: Sampler):
     different numbers of steps, which an all-gather per layer would not survive. Other models are left alone.
     Enter it outside inference mode: the gathered tensors are used by the training that follows."""
     model = sampler.model
-    shards = [m for m in model.modules() if hasattr(m, "unshard")]  # FSDP2 gives it to those it has sharded
+    shards = [m for m in model.modules() if hasattr(m, "unshard")]  # FSDP2 gives it to what it has sharded
     assert not shards or not torch.is_inference_mode_enabled(), "enter unsharded() outside inference mode"
     try:
         for m in shards:
@@ -634,8 +634,7 @@ def truncate(probs: Tensor, top_p: float, top_k: int, min_p: float) -> Tensor:
 
 
 def load_words(path: str):
-    """The tokenizer of a checkpoint's folder, with the ids at which a response ends. ValueError for another
-    than the training's."""
+    """A checkpoint's tokenizer, with ids that end a response. ValueError for another than training's."""
     tok = load_tokenizer(path)
     meta = files.read_json(os.path.join(path, "meta.json"), missing_ok=True) or {}  # only ours have one
     if meta.get("tokenizer", tok.hash) != tok.hash:
@@ -656,9 +655,8 @@ def load_model(path: str, device: str = "cpu", dtype: str = "auto"):
 
 
 def in_use(sampler: Sampler) -> str:
-    """bfloat16 on cuda"""
     weight = sampler.model.embed.weight
-    return f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
+    return f"{str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"  # bfloat16 on cuda
 
 
 def respond(sampler: Sampler, text: str, args, seed: int) -> None:

@@ -1157,7 +1157,7 @@ def test_an_update_that_does_not_fit_is_refused_before_the_model_is_made(checkpo
     gpu = midtrain.World(device=torch.device("cuda"))
     assert rl.micro_batch(args, 8).seq_len == 8400
     monkeypatch.setattr(midtrain, "empty_model", lambda *how, **more: pytest.fail("it was made"))
-    with pytest.raises(ValueError, match=r"has 0.0 \(parameters .*use a smaller --micro-tokens, "):
+    with pytest.raises(ValueError, match=r"has 0.0 \(parameters .*use a smaller --micro-tokens, --act"):
         rl.load_policy(checkpoint, args, gpu)
 
 

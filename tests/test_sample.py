@@ -526,7 +526,7 @@ def test_a_long_prompt_makes_no_matrix_of_all_pairs(what):
     model, T, largest = random_llama(), 2048, Largest()
     sampler, prompt = Sampler(model, None, block_len=64), torch.arange(T).remainder(61).tolist()
     with sample.sampling_mode(model), torch.inference_mode():
-        rollout = sampler._rollout([prompt, [1]], 1, 9, SamplingParams(), 0, ())
+        rollout = sampler._rollout([prompt], 1, 9, SamplingParams(), 0, ())
         largest.numel = 0
         with largest:
             if what == "a prompt":

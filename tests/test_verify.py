@@ -606,8 +606,8 @@ def test_finished_benchmarks_are_skipped_and_others_repeated_on_any_number_of_ra
     done = run("--ckpt", checkpoint, "--data", one, "--out", one / "out", "--bench", "gsm8k")
     assert done.returncode == 2
     assert "other settings (shots 2 → 0; n 2 → 1; temperature 1.0 → 0.0" in done.stderr
-    flags = ("--data", one, "--out", one / "out", "--bench", "gsm8k", "--dtype", "bf16")
-    done = run("--ckpt", checkpoint, *flags)
+    where = ("--ckpt", checkpoint, "--data", one, "--out", one / "out", "--bench", "gsm8k")
+    done = run(*where, "--dtype", "bf16")
     assert "other settings (dtype float32 → bfloat16; shots 2 → 0" in done.stderr
 
 
