@@ -696,14 +696,15 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
     """(to train on, held out), with the prompts' ids as "tokens"; too long training prompts are left out."""
     if args.prompts == "synth":
         raise ValueError("synth holds test problems: without --prompts, the training split is taken")
+    columns = recipes.columns_of(("prompts", "eval"), args.columns)
     if args.prompts:
-        columns = recipes.columns_of("prompts", args.columns)
-        train = benchmarks.load_problems(args.prompts, args.data, columns=columns)
+        train = benchmarks.load_problems(
+            args.prompts, args.data, columns=columns["prompts"], to_train=True)
     else:
         train = synth.problems("train", TRAIN_PROBLEMS, args.seed)
     if args.eval:
-        columns = recipes.columns_of("eval", args.columns)
-        held_out = benchmarks.load_problems(args.eval, args.data, args.eval_problems, columns=columns)
+        held_out = benchmarks.load_problems(
+            args.eval, args.data, args.eval_problems, columns=columns["eval"])
     elif args.prompts:  # a tenth of the file at most
         k = min(args.eval_problems, max(1, len(train) // 10))
         train, held_out = train[:-k], train[-k:]
@@ -872,7 +873,7 @@ def check_args(args) -> None:
     if args.rollouts < 2:
         raise ValueError("--rollouts 1 leaves nothing to compare a response with: give at least 2")
     if args.preset in ("1b", "3b", "8b") and not args.prompts:
-        how = "the paper's set is MATH8K (data/README.md says where it is); --prompts takes a file or hub:ID"
+        how = "--prompts math8k is the paper's set (data/README.md); a file or hub:ID is one of your own"
         raise ValueError(f"--preset {args.preset} needs --prompts: {how}")
     if (P := args.prompts_per_step) % args.updates:
         raise ValueError(f"--prompts-per-step {P} does not split into {args.updates} equal updates")

@@ -1206,12 +1206,14 @@ def run_benches(args) -> None:
     chosen = benchmarks.THIRTEEN if args.bench == "paper" else args.bench.split(",")
     for source in chosen:  # an unknown name and too many shots are errors before anything is fetched
         benchmarks.prompt(source, "", args.shots, args.template)
-    if len({benchmarks.find(source)[0] for source in chosen}) < len(set(chosen)):
+    names = {source: benchmarks.find(source)[0] for source in chosen}
+    if len({*names.values()}) < len(names):
         raise ValueError(f"two benchmarks of --bench {args.bench} have the same name")
     if not os.path.isdir(args.ckpt) and "@" not in args.ckpt:
         raise FileNotFoundError(f"{args.ckpt}: no such folder")
-    suites = {source: benchmarks.load_problems(source, args.data, args.limit, args.seed, recipes.columns_of(
-        benchmarks.find(source)[0], args.columns)) for source in chosen}
+    columns = recipes.columns_of(names.values(), args.columns)
+    suites = {source: benchmarks.load_problems(source, args.data, args.limit, args.seed, columns[name])
+              for source, name in names.items()}
     import midtrain  # imports torch, which takes a second
     from sample import Sampler, in_use, load_model
 
@@ -1315,16 +1317,17 @@ def grade_file(path: str, out: str | None) -> None:
     """Grade a file's responses, print the share of correct ones, write the rows to `out`."""
     from tqdm import tqdm
 
-    from data.benchmarks import read_rows
-
     pairs, graded = (("response", "gold"), ("solution", "answer")), []  # the names of (text, gold)
-    rows = list(read_rows(path, *pairs))
+    rows = list(files.numbered_rows(path))
     if not rows:
         raise ValueError(f"{path} has no rows")
     start = time.perf_counter()
-    for row in tqdm(rows, desc="grading", delay=1, disable=None):
-        text, gold = next((row[text], row[gold]) for text, gold in pairs if text in row and gold in row)
-        answer = extract_answer(text)
+    for number, row in tqdm(rows, desc="grading", delay=1, disable=None):
+        text, gold = next(((row[a], row[b]) for a, b in pairs if a in row and b in row), ("", None))
+        if not isinstance(text, str) or type(gold) not in (str, int, float):
+            wanted = '"response" and "gold" or "solution" and "answer"'
+            raise ValueError(f"{path}, line {number}: a row needs {wanted}, as text")
+        answer, gold = extract_answer(text), str(gold)
         correct = answer is not None and is_equivalent(answer, gold)
         graded.append(row | {"gold": gold, "answer": answer, "correct": correct})
     seconds, n = time.perf_counter() - start, len(graded)

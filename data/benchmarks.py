@@ -7,17 +7,18 @@ or, where its set on the hub is known to us, from there.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from data import prompts, recipes, synth
 from data.files import numbered_rows, print0, read_json
-from data.recipes import column, last_box
+from data.recipes import last_box
 
 
 class Hub(NamedTuple):
-    """Where problems lie on the hub, and how a row becomes (problem, answer)."""
+    """Where problems lie on the hub, and how a row, of our names, becomes (problem, answer)."""
     spec: recipes.SourceSpec
     row: Callable[[dict], tuple[str, str]]
 
@@ -40,18 +41,7 @@ def _with_options(row: dict) -> tuple[str, str]:
 
 
 def _usual_columns(row: dict) -> tuple[str, str]:
-    """A problem; an answer, GSM8K's with its reasoning, or a solution whose last box it is; "" for none."""
-    problem = next((row[name] for name in recipes.COLUMNS["problem"] if row.get(name)), None)
-    if isinstance(problem, list):  # a prompt may be a conversation
-        problem = problem[-1]["content"]
-    answers = [row[name] for name in recipes.COLUMNS["answer"] if name in row]
-    answer = next((value for value in answers if value is not None), "" if answers else None)
-    if answer in (None, "") and any(name in row for name in recipes.COLUMNS["solution"]):
-        solution = column(row, *recipes.COLUMNS["solution"])
-        answer = solution if "####" in solution else last_box(solution)
-    if not isinstance(problem, str) or type(answer) not in (str, int, float):
-        raise KeyError
-    return problem, str(answer).rpartition("####")[2].strip()
+    return recipes.asked(row), recipes.solved(row)[1]
 
 
 BENCHMARKS = {
@@ -73,63 +63,61 @@ BENCHMARKS = {
     "mawps": Benchmark("eval/mawps.jsonl", "word", 8),
     "tabmwp": Benchmark("eval/tabmwp_test1k.jsonl", "table", 8),
     "aime24": Benchmark("eval/aime24.jsonl", "math", 0),
-    "math8k": Benchmark("math8k/train.jsonl", "math", 0, Hub(recipes.MATH8K,  # to train on, see recipes.py
-        lambda r: _usual_columns(recipes.renamed(r, recipes.MATH8K.columns)))),
+    "math8k": Benchmark("math8k/train.jsonl", "math", 0, Hub(recipes.MATH8K, _usual_columns)),  # to train on
     "synth": Benchmark("", "word", 0),
 }
 THIRTEEN = tuple(name for name in BENCHMARKS if name not in ("aime24", "math8k", "synth"))
 
 
-def load_problems(source: str, data_dir=None, limit: int | None = None, seed=0, columns=()) -> list[dict]:
+def load_problems(source: str, data_dir=None, limit=None, seed=0, columns=(), to_train=False) -> list[dict]:
     """Rows {"problem", "answer", ...}, both of them text, at most `limit`.
 
     source: a benchmark's name, a file, or hub:ID[:PART[:SPLIT]]; what is a name and a file is the file.
-    data_dir: folder of the benchmarks' files; None: they come from the hub. columns: as in SourceSpec, of a
-    file or hub:…; of these, rows without an answer or marked as wrong are left out. synth: problems of the
-    generated corpus's test split, made from the seed, 500 if there is no limit."""
-    bench, pick = None if os.path.isfile(source) else BENCHMARKS.get(source), _usual_columns
-    if bench and source == "synth":
-        return synth.problems("test", limit or 500, seed)
-    if bench and data_dir is None and not bench.hub:
-        raise ValueError(f"where {source} lies on the hub is not known here: "
-                         f"--data DIR reads DIR/{bench.file}")
-    if hub := data_dir is None if bench else source.startswith("hub:"):
-        from data.prepare import source_rows, source_spec
+    data_dir: folder of the benchmarks' files; None: they come from the hub. columns: as in SourceSpec. Of a
+    file or hub:… rows without an answer or marked as wrong are left out. to_train: so are bad rows, as many as
+    prepare.py drops; else the first is a ValueError: a benchmark of fewer items would be another benchmark.
+    synth: problems of the generated corpus's test split, made from the seed, 500 if there is no limit."""
+    from data import prepare
 
-        spec, pick = bench.hub if bench else (source_spec("qa", source), pick)
-        rows = source_rows(spec)
-    else:
-        path = str(Path(data_dir) / bench.file) if bench else source
-        rows = ((path, number, row) for number, row in numbered_rows(path))
-    problems, left_out = [], 0
-    for where, number, row in rows:
-        try:
-            problem, answer = pick(recipes.renamed(row, () if bench else columns))
-        except (KeyError, TypeError, AttributeError, IndexError):
-            lacks = f'{where}, line {number}: a row needs "problem" and "answer", as text'
-            lacks = f"{where}: row {number} has no problem with an answer" if hub else lacks
-            raise ValueError(f"{lacks}; its columns: {', '.join(row)} (--columns maps others)") from None
-        if bench or recipes.is_answer(answer) and recipes.is_valid(row):
-            problems.append(({} if hub else row) | {"problem": problem, "answer": answer})
+    bench, spec, pick = None, prepare.source_spec("qa", source), _usual_columns
+    if not os.path.isfile(source) and (bench := BENCHMARKS.get(source)):
+        if source == "synth":
+            return synth.problems("test", limit or 500, seed)
+        if data_dir is None and not bench.hub:
+            raise ValueError(f"where {source} lies on the hub is not known here: "
+                             f"--data DIR reads DIR/{bench.file}")
+        spec, pick = bench.hub if data_dir is None else (spec, pick)
+    if columns:
+        spec, pick = spec._replace(columns=columns), _usual_columns
+
+    def read(row: dict) -> dict | prepare.Dropped:
+        problem, answer = pick(recipes.renamed(row, spec.columns))
+        if not problem and not to_train:
+            raise ValueError("its problem is empty")
+        if not bench and not (problem and recipes.is_answer(answer)):
+            return prepare.Dropped("without a problem or an answer")
+        if not bench and not recipes.is_valid(row):
+            return prepare.Dropped(prepare.INVALID)
+        return ({} if spec.hub else row) | {"problem": problem, "answer": answer}
+
+    path = str(Path(data_dir) / bench.file) if bench and data_dir is not None else source
+    rows = prepare.source_rows(spec, broken_ok=True) if spec.hub else (
+        (path, *place) for place in numbered_rows(path, broken_ok=True))
+    problems, left_out, first, bad_rows = [], Counter(), "", prepare.BAD_ROWS * to_train
+    for row in prepare.made_of(rows, read, "is no problem with an answer", bad_rows):
+        if row:
+            problems.append(row)
         else:
-            left_out += 1
+            left_out[row.why] += 1
+            first = first or row.error
         if len(problems) == limit:
             break
     if left_out:
-        print0(f"{source}: {left_out:,} rows left out, without an answer or marked as wrong")
+        why = ", ".join(f"{n:,} {why}" for why, n in left_out.items())
+        print0(f"{source}: left out: {why}{first and f' (the first: {first})'}")
     if not problems:
         raise ValueError(f"{source} holds no problem")
     return problems
-
-
-def read_rows(path: str | Path, *pairs: tuple[str, str]) -> Iterator[dict]:
-    """Rows of a file of JSON lines that have both names of one of the pairs, as text. Numbers become text."""
-    wanted = " or ".join(" and ".join(f'"{name}"' for name in pair) for pair in pairs)
-    for number, row in numbered_rows(path):
-        pair = next((pair for pair in pairs if pair[0] in row and pair[1] in row), pairs[0])
-        if not isinstance(row.get(pair[0]), str) or type(row.get(pair[1])) not in (str, int, float):
-            raise ValueError(f"{path}, line {number}: a row needs {wanted}, as text")
-        yield row | {pair[1]: str(row[pair[1]])}
 
 
 def find(source: str) -> tuple[str, Benchmark]:
@@ -170,8 +158,9 @@ def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
     warnings, stage = [], Path(folder)
     config = read_json(stage / "config.json", missing_ok=True) or {}
     if (path := config.get("prompts")) and (path in BENCHMARKS or Path(path).is_file()):
-        columns = recipes.columns_of("prompts", config.get("columns"))
-        trained = {_plain(row["problem"]) for row in load_problems(path, config.get("data"), columns=columns)}
+        columns = recipes.columns_of(("prompts", "eval"), config.get("columns"))["prompts"]
+        trained = load_problems(path, config.get("data"), columns=columns, to_train=True)
+        trained = {_plain(row["problem"]) for row in trained}
         if same := sum(_plain(row["problem"]) in trained for row in rows):
             warnings.append(f"{same} of the {len(rows)} problems of {name} are among the prompts of its RL, "
                             f"{path}" + "; report math500 instead" * (name == "math"))

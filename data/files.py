@@ -8,8 +8,10 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -78,30 +80,23 @@ def read_json(path: Path, missing_ok: bool = False) -> dict | None:
 
 def numbered_rows(path: Path, count: Callable[[int], None] = lambda size: None, broken_ok=False) -> Iterator:
     """(line or row number, row) of a file or URL: JSON lines (also .gz, .zst), a JSON array, or .parquet.
-    Empty lines and byte-order marks are nothing. count: is told the bytes of each line. A line that is no
+    Empty lines and byte-order marks are nothing. count: is told the bytes of each line. A row that is no
     JSON object is a ValueError that names it, or with broken_ok a row None; a truncated file is a ValueError,
     no such file a FileNotFoundError."""
     number = 0
     try:
         with _open(str(path)) as file:
-            if str(path).endswith(".parquet"):
-                for number, row in enumerate(_parquet_rows(file), 1):
-                    yield number, row
-                return
-            for number, line in enumerate(file, 1):  # noqa: B007 (the error names it)
-                line = line.lstrip(BLANK)
-                if line[:1] == b"[" and number == 1:
-                    for number, row in enumerate(json.loads(line + file.read()), 1):
-                        yield number, dict(row)
-                elif line:
-                    try:
-                        row = dict(json.loads(line.decode()))
-                    except (ValueError, TypeError, RecursionError):
-                        if not broken_ok:
-                            raise
-                        row = None
+            rows = _parquet_rows(file) if str(path).endswith(".parquet") else _lines_or_array(file)
+            for number, row in enumerate(rows, 1):  # noqa: B007 (the error names it)
+                if isinstance(row, bytes):
+                    if not (line := row.lstrip(BLANK)):
+                        continue
                     count(len(line))
-                    yield number, row
+                    with contextlib.suppress(ValueError, RecursionError):
+                        row = json.loads(line.decode())
+                if not isinstance(row, dict) and not broken_ok:
+                    raise ValueError
+                yield number, row if isinstance(row, dict) else None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file (public ones: data/README.md)") from None
     except (ValueError, TypeError, EOFError, RecursionError, OSError, zlib.error) as error:
@@ -109,6 +104,19 @@ def numbered_rows(path: Path, count: Callable[[int], None] = lambda size: None, 
             raise
         what = "not a parquet file" if str(path).endswith(".parquet") else "not one JSON object in UTF-8"
         raise ValueError(f"{path}, line {number}: {what}, or truncated") from None
+
+
+def _lines_or_array(file) -> Iterable:
+    """Its lines, as bytes; or, if all of it is a JSON array, what that holds."""
+    head = file.readline().lstrip(BLANK)
+    if head[:1] != b"[":
+        return itertools.chain([head], file)
+    body = file.read()
+    try:
+        return json.loads(head + body)
+    except ValueError:
+        json.loads(head)  # a row that is a list; else the array is truncated
+        return [head, *body.splitlines()]
 
 
 def _open(path: str):
@@ -137,9 +145,9 @@ def _parquet_rows(file) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def read_jsonl(path: Path, count: Callable[[int], None] = lambda size: None) -> Iterator[dict]:
+def read_jsonl(path: Path) -> Iterator[dict]:
     """The rows alone."""
-    return (row for _, row in numbered_rows(path, count))
+    return (row for _, row in numbered_rows(path))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -251,7 +259,8 @@ def weight_files(path: str) -> dict[str, set | None]:
             raise FileNotFoundError(f"{path} lacks {min(missing)}, which its {INDEX} names")
         return {file: {name for name in tensors if tensors[name] == file} for file in tensors.values()}
     if not found and not os.path.exists(os.path.join(path, "state", ".metadata")):
-        if other := [name for name in sorted(names) if name.endswith((".bin", ".pth", ".safetensors"))]:
+        weights = re.compile(r"pytorch_model.*\.bin|.*\.(pth|safetensors)")
+        if other := list(filter(weights.fullmatch, sorted(names))):
             how = "save_pretrained(), or convert_llama_weights_to_hf.py for Meta's own format"
             raise ValueError(f"{path} has only {other[0]}: convert it to safetensors, by transformers' {how}")
         raise FileNotFoundError(f"no checkpoint in {path}: it has neither checkpoints/ nor *.safetensors")

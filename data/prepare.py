@@ -47,6 +47,7 @@ VAL_EVERY = 64  # of a real source, every 64th document is held out
 CHUNK_CHARACTERS = 1 << 20  # of text in a chunk: a tenth of a second of work
 BAD_ROWS = 0.01  # share of a source's rows that may be bad: broken JSON, another type, no such column
 READABLE = tuple(kind + pack for kind in (".jsonl", ".json") for pack in ("", ".gz", ".zst")) + (".parquet",)
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Why a row is dropped
 EMPTY, MARKED, INVALID = "without a document", "marked as a benchmark's", "marked as wrong"
 OVERLAP, REPEATED, BAD = f"sharing {GRAM} words with a benchmark", "seen before", "bad rows"
@@ -337,32 +338,37 @@ def source_files(spec: SourceSpec, folder: Path) -> list[str]:
 def read_documents(spec, folder: Path, keep_overlaps: bool, bad_rows=BAD_ROWS, count=lambda size: None):
     """What Source.read() gives. ValueError, that of the first bad row, if a larger share of the rows is bad:
     at once if so many are too many of a thousand, else at the end. One may be, unless the share is 0."""
+    rows = source_rows(spec, folder, count, broken_ok=True)
+    what, make = f"does not fit the format {spec.format!r}", partial(_document, spec, keep_overlaps)
+    return made_of(rows, make, what, bad_rows, ", --bad-rows allows more")
+
+
+def made_of(places, make: Callable, what: str, bad_rows: float, more="") -> Iterator:
+    """make(row), or Dropped, of each of source_rows(). what, more: for the message."""
     rows, bad, first = 0, 0, ""
-    for rows, place in enumerate(source_rows(spec, folder, count, broken_ok=True), 1):  # noqa: B007
-        text = _document(spec, *place, keep_overlaps)
-        if not text and text.why == BAD:
-            bad, first = bad + 1, first or text.error
+    for rows, (where, number, row) in enumerate(places, 1):  # noqa: B007
+        try:
+            if row is None:
+                raise TypeError("not one JSON object in UTF-8")
+            made = make(row)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            reason = error.args[0] if error.args else error
+            made = Dropped(BAD, f"{where}: row {number} {what}: {reason}")
+            bad, first = bad + 1, first or made.error
             if bad > (bad_rows and max(1, bad_rows * max(rows, 1000))):
                 break
-        yield text
+        yield made
     if bad and (bad == rows or bad > (bad_rows and max(1, bad_rows * rows))):
-        how = "--columns gives columns their names, --bad-rows allows more"
-        raise ValueError(f"{first} ({bad:,} bad rows of {rows:,}: {how})")
+        raise ValueError(f"{first} ({bad:,} bad rows of {rows:,}: --columns gives columns their names{more})")
 
 
-def _document(spec: SourceSpec, where: str, number: int, row: dict | None, keep_overlaps) -> str | Dropped:
+def _document(spec: SourceSpec, keep_overlaps: bool, row: dict) -> str | Dropped:
     """Of a row. If its "overlaps" names a benchmark's problem, it teaches the test."""
-    if row is None:
-        return Dropped(BAD, f"{where}, line {number}: not one JSON object in UTF-8")
     if row.get("overlaps") and not keep_overlaps:
         return Dropped(MARKED)
     if not recipes.is_valid(row):
         return Dropped(INVALID)
-    try:
-        return recipes.FORMATS[spec.format](recipes.renamed(row, spec.columns)) or Dropped(EMPTY)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        reason = error.args[0] if error.args else error
-        return Dropped(BAD, f"{where}: row {number} does not fit the format {spec.format!r}: {reason}")
+    return recipes.FORMATS[spec.format](recipes.renamed(row, spec.columns)) or Dropped(EMPTY)
 
 
 def real_source(spec: SourceSpec, folder: Path, max_tokens, keep_overlaps: bool, bad_rows=BAD_ROWS) -> Source:
@@ -455,19 +461,19 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
         parser.error("two --source have the same name")
     names = args.sources.split(",") if args.sources else list(specs)
     kept = list(specs) if args.keep_overlaps == "all" else args.keep_overlaps.split(",")
-    mapped = [key.rpartition(".")[0] for key in args.columns or ()]
-    for name in [*names, *filter(None, [*kept, *args.max_tokens, *mapped])]:
+    for name in [*names, *filter(None, [*kept, *args.max_tokens])]:
         if name not in specs:
             parser.error(f"unknown source {name!r} (valid: {', '.join(specs)})")
     args.keep_overlaps = sorted(set(kept) & set(names))
-    return args, {x: specs[x]._replace(columns=recipes.columns_of(x, args.columns)) for x in names}
+    columns = recipes.columns_of(specs, args.columns)
+    return args, {x: specs[x]._replace(columns=columns[x]) for x in names}
 
 
 def main() -> None:
     args, specs = parse_args()
     budgets = {name: args.max_tokens.get(name, args.max_tokens.get("")) for name in specs}
     folder, keep = args.data or Path(), args.keep_overlaps
-    hubs = {spec.hub for spec in specs.values() if spec.hub and not os.path.isdir(spec.hub)}
+    hubs = {spec.hub for spec in specs.values() if HUB_ID.fullmatch(spec.hub) and not os.path.isdir(spec.hub)}
     revisions = pinned_revisions(args.out, sorted(hubs))
     specs = {name: spec._replace(revision=revisions.get(spec.hub, "")) for name, spec in specs.items()}
     sources = {

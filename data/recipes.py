@@ -13,6 +13,7 @@ corpus (data/synth.py), "real" the same recipe on public files in a folder of yo
 
 import argparse
 import re
+from collections.abc import Iterable
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -142,10 +143,11 @@ COLUMNS = {
     "solution": ("solution", "generated_solution", "response", "output", "completion", "generation"),
     "messages": ("messages", "conversations", "conversation"),
 }
-NO_ANSWER = {"", "proof", "notfound", "not found", "n/a", "na", "none", "null", "nan", "unknown", "-"}
-VALIDITY = {"problem_is_valid", "solution_is_valid", "is_valid", "correct", "is_correct"}
-UNDOUBTED = ("yes", "true", "1", "none", "nan", "")
-SPEAKERS = {"user": "User", "human": "User", "assistant": "Assistant", "gpt": "Assistant"}
+NO_ANSWER = {"", "proof", "seeproof", "solution", "seesolution", "seeabove", "notfound", "noanswer", "na", "none",
+             "null", "nan", "unknown", "notavailable"}
+VALIDITY = ("problem_is_valid", "solution_is_valid", "is_valid", "correct", "is_correct")
+SPEAKERS = {"system": ""} | dict.fromkeys(("user", "human"), "User")
+SPEAKERS |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "Assistant")
 
 
 def column_map(text: str) -> dict[str, str]:
@@ -157,10 +159,16 @@ def column_map(text: str) -> dict[str, str]:
     return pairs
 
 
-def columns_of(name: str, columns: dict[str, str] | None) -> tuple[tuple[str, str], ...]:
-    """What a column map says of a source."""
-    pairs = ((ours.rpartition("."), theirs) for ours, theirs in (columns or {}).items())
-    return tuple((ours, theirs) for (source, _, ours), theirs in pairs if source in ("", name))
+def columns_of(names: Iterable[str], columns: dict[str, str] | None) -> dict[str, tuple]:
+    """{source: what a column map says of it}; ValueError if it says something of another source."""
+    found = {name: () for name in names}
+    for key, theirs in (columns or {}).items():
+        source, _, ours = key.rpartition(".")
+        if source and source not in found:
+            raise ValueError(f"--columns: unknown source {source!r} (valid: {', '.join(found)})")
+        for name in [source] if source else found:
+            found[name] += ((ours, theirs),)
+    return found
 
 
 def renamed(row: dict, columns: tuple[tuple[str, str], ...]) -> dict:
@@ -172,7 +180,7 @@ def renamed(row: dict, columns: tuple[tuple[str, str], ...]) -> dict:
             if part not in found[ours]:
                 raise KeyError(f"no column {theirs}; it has: {', '.join(row)}")
             found[ours] = found[ours][part]
-    replaced = {name for ours in found for name in COLUMNS[ours]}
+    replaced = {name for ours in found for name in COLUMNS[ours]} | {theirs for _, theirs in columns}
     return {name: row[name] for name in row if name not in replaced} | found if found else row
 
 
@@ -186,30 +194,60 @@ def column(row: dict, *names: str) -> str:
     raise KeyError(f"no column {' or '.join(names)}; it has: {', '.join(row)}")
 
 
+def has(row: dict, meaning: str) -> bool:
+    """Is one of the columns there that usually mean this?"""
+    return any(name in row for name in COLUMNS[meaning])
+
+
 def checked(text, name: str) -> str:
+    """Text, in parts too: [{"type": "text", "text": …}]; of a list of messages the last one's."""
+    if isinstance(text, list) and text and all(isinstance(part, dict) for part in text):
+        if "content" in text[-1]:
+            return checked(text[-1]["content"], f"the content of {name}")
+        return "".join(checked(part.get("text"), f"a part of {name}") for part in text)
     if not isinstance(text, str):
         raise TypeError(f"{name} is {type(text).__name__} instead of text")
     return text
 
 
+def messages(row: dict) -> list[dict]:
+    """Of a conversation in one column, or in a prompt's and a completion's; else []."""
+    if said := next((row[name] for name in COLUMNS["messages"] if row.get(name)), None):
+        return said
+    said, reply = (next((row[x] for x in COLUMNS[key] if row.get(x)), None) for key in ("problem", "solution"))
+    if not isinstance(said, list):
+        return []
+    return said + (reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}])
+
+
 def turns(row: dict) -> list[tuple[str, str]]:
-    """(who, text) of a conversation, as role and content or as ShareGPT's from and value."""
-    name = next(name for name in COLUMNS["messages"] if row.get(name))
-    said = [(m.get("role") or m["from"], m["content"] if "content" in m else m["value"]) for m in row[name]]
-    return [(who, checked(text, "the content of a message")) for who, text in said]
+    """("User" or "Assistant", text) of a conversation, as role and content or as ShareGPT's from and value.
+    What the system said is no turn."""
+    said = []
+    for message in messages(row):
+        who = str(message.get("role") or message.get("from")).lower()
+        if who not in SPEAKERS:
+            raise KeyError(f"unknown speaker {who!r}; known: {', '.join(SPEAKERS)}")
+        text = message.get("content", message.get("value"))
+        said.append((SPEAKERS[who], checked(text, "the content of a message").strip()))
+    return [(who, text) for who, text in said if who]
+
+
+def says_no(value) -> bool:
+    """Of a verdict in words, as a number or a bool: NuminaMath's are Yes, No, Incomplete, …"""
+    said = str(value).strip(" .").lower()
+    return said in ("no", "false", "0", "0.0", "wrong", "incorrect", "invalid", "incomplete") or "not " in said
 
 
 def is_valid(row: dict) -> bool:
-    """Does no column say that problem or solution is wrong? NuminaMath's have Yes, No, Incomplete, …"""
-    for name in VALIDITY & row.keys():
-        said = str(row[name]).lower()
-        if said in ("false", "no") or name.endswith("valid") and said not in UNDOUBTED:
-            return False
-    return True
+    """Does no column say that problem or solution is wrong?"""
+    return not any(says_no(row[name]) for name in VALIDITY if name in row)
 
 
 def is_answer(text: str) -> bool:
-    return text.strip(" .").lower() not in NO_ANSWER
+    r"""Is it more than "see proof", \text{N/A}, $?$ or --?"""
+    bare = re.sub(r"\\(text\w*|mathrm|mbox|boxed)|\\[()[\]]|(?<!\\)[{}]|[\s.,:;!?$/_()[\]–—-]", "", text)
+    return bare.lower() not in NO_ANSWER
 
 
 def last_box(solution: str) -> str:
@@ -223,58 +261,88 @@ def last_box(solution: str) -> str:
     return ""
 
 
-def running_text(row: dict) -> str:
+def asked(row: dict) -> str:
+    """The problem; below it Alpaca's input or Dolly's context."""
+    parts = [column(row, *COLUMNS["problem"]), *(checked(row[x], x) for x in ("context", "input") if row.get(x))]
+    return "\n".join(filter(None, map(str.strip, parts)))
+
+
+def solved(row: dict) -> tuple[str, str]:
+    r"""(solution, answer), "" for what is not there. The answer has a column, or stands after the solution's
+    ####, or in its last \boxed{}. If no column is for solutions, the answer's has them, as GSM8K's."""
+    found = next((row[x] for x in COLUMNS["answer"] if row.get(x) is not None), "")
+    answer = str(found).strip() if type(found) in (str, int, float) else ""
+    if has(row, "solution"):
+        solution = column(row, *COLUMNS["solution"])
+    else:
+        solution = answer or column(row, *COLUMNS["answer"])
+        answer = "" if "####" in answer else answer
+    text, marked, final = solution.rpartition("####")
+    final = final.strip() if marked else last_box(solution)
+    return (text if marked else solution).strip(), answer if is_answer(answer) else final or answer
+
+
+def unboxed(solution: str) -> str:
+    r"""Without the last \boxed{} if it has no answer: \boxed{proof} → proof."""
+    box = last_box(solution)
+    return solution if is_answer(box) else solution.replace(f"\\boxed{{{box}}}", box)
+
+
+def joined(question: str, answer: str, between: str = "\n") -> str | None:
+    """One document; None if there is no question, or no answer."""
+    question, answer = question.strip(), answer.strip()
+    return f"{question}{between}{answer}" if question and answer else None
+
+
+def running_text(row: dict) -> str | None:
     """A page of text, or an exercise and its solution as one."""
-    if "problem" in row and "text" not in row:
-        return column(row, "problem") + "\n\n" + column(row, *COLUMNS["solution"])
-    return column(row, *COLUMNS["text"])
+    if has(row, "problem") and not has(row, "text"):
+        return joined(column(row, *COLUMNS["problem"]), column(row, *COLUMNS["solution"]), "\n\n")
+    text = column(row, *COLUMNS["text"])
+    return text if text.strip() else None
 
 
 def question_answer(row: dict) -> str | None:
-    r"""Problem, newline, solution with its final \boxed{answer}, without GSM8K's marks (<<48/2=24>>). If no
-    column is for solutions, the answer's has them, as GSM8K's: the answer itself stands after ####."""
+    r"""Problem, newline, solution with its final \boxed{answer}, without GSM8K's marks (<<48/2=24>>)."""
     if "text" in row and "problem" not in row:  # MegaMath-QA is written out already
-        return column(row, "text")
-    names = [name for name in COLUMNS["solution"] if name in row]
-    solution = column(row, *(names or COLUMNS["answer"]))
-    answer = next((row[x] for x in COLUMNS["answer"] if names and type(row.get(x)) in (str, int, float)), "")
-    if "####" in solution:
-        solution, _, answer = solution.rpartition("####")
-    solution = re.sub(r"<<.*?>>", "", solution).strip()
-    if not solution:
-        return None
-    if "\\boxed" not in solution and is_answer(answer := str(answer).strip()):
+        return running_text({"text": row["text"]})
+    solution, answer = solved(row)
+    solution = unboxed(re.sub(r"<<.*?>>", "", solution)).strip()
+    if "\\boxed" not in solution and solution and is_answer(answer) and answer != solution:
         solution += f"\nThe answer is \\boxed{{{last_box(answer) or answer}}}."
-    return f"{column(row, *COLUMNS['problem']).strip()}\n{solution}"
+    return joined(asked(row), solution)
 
 
 def long_thought(row: dict) -> str | None:
-    """Question, newline, <think>…</think>, answer. Of several generations the first correct and whole one."""
+    """Question, newline, <think>…</think>, answer. Of several generations the first correct and whole one; of
+    a conversation the last question that is answered."""
     if "generations" in row:
         judged = (row.get(name) or () for name in ("correctness_math_verify", "correctness_llama"))
         whole = row.get("is_reasoning_complete") or [True] * len(row["generations"])
         found = zip(row["generations"], map(any, zip_longest(*judged)), whole)
         thought = next((text for text, correct, complete in found if correct and complete), None)
-    elif "problem" not in row and any(row.get(name) for name in COLUMNS["messages"]):
-        (_, question), (_, thought) = turns(row)[-2:]
+    elif "problem" not in row and messages(row):
+        said = turns(row)
+        pairs = [(q, a) for (who, q), (other, a) in zip(said, said[1:]) if (who, other) == ("User", "Assistant")]
+        question, thought = pairs[-1] if pairs else ("", "")
         row = {"problem": question}
     else:
         thought = column(row, "response", "generation", *COLUMNS["solution"])
-    question = column(row, *COLUMNS["problem"]).strip()
-    return thought and f"{question}\n{re.sub('</?answer>', '', thought).strip()}"
+    return joined(asked(row), unboxed(re.sub("</?answer>", "", thought or "")))
 
 
 def conversation(row: dict) -> str | None:
-    """User:… and Assistant:… in turns. None where the row names a model that is not of GPT-4's class."""
+    """User:… and Assistant:… in turns. None without a question, an answer or the text of a turn, and where
+    the row names a model that is not of GPT-4's class."""
     if not str(row.get("model") or "gpt-4").startswith("gpt-4"):
         return None
-    if any(row.get(name) for name in COLUMNS["messages"]):
+    if messages(row):
         said = turns(row)
     else:
-        question = [column(row, *COLUMNS["problem"]), *(row[x] for x in ("context", "input") if row.get(x))]
         answer = column(row, *COLUMNS["solution"], *COLUMNS["answer"])
-        said = [("user", "\n".join(part.strip() for part in question)), ("assistant", answer)]
-    return "\n".join(f"{SPEAKERS[who]}:{text.strip()}" for who, text in said if who in SPEAKERS)
+        said = [("User", asked(row)), ("Assistant", answer.strip())]
+    whole = {who for who, _ in said} == {"User", "Assistant"} and all(text for _, text in said)
+    return "\n".join(f"{who}:{text}" for who, text in said) if whole else None
 
 
 FORMATS = {"text": running_text, "qa": question_answer, "long_cot": long_thought, "chat": conversation}
