@@ -14,7 +14,7 @@ corpus (data/synth.py), "real" the same recipe on public files in a folder of yo
 import argparse
 import re
 from collections.abc import Iterable
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 STAGE_NAMES = ("base", "stable", "long", "short", "hybrid")  # base stands in for Llama's own pre-training
@@ -143,10 +143,10 @@ COLUMNS = {
     "solution": ("solution", "generated_solution", "response", "output", "completion", "generation"),
     "messages": ("messages", "conversations", "conversation"),
 }
-NO_ANSWER = {"", "proof", "seeproof", "solution", "seesolution", "seeabove", "notfound", "noanswer", "na", "none",
-             "null", "nan", "unknown", "notavailable"}
+NO_ANSWER = {"", "proof", "seeproof", "solution", "seesolution", "seeabove", "notfound", "noanswer"}
+NO_ANSWER |= {"na", "none", "null", "nan", "unknown", "notavailable"}
 VALIDITY = ("problem_is_valid", "solution_is_valid", "is_valid", "correct", "is_correct")
-SPEAKERS = {"system": ""} | dict.fromkeys(("user", "human"), "User")
+SPEAKERS = {"system": "", "user": "User", "human": "User"}
 SPEAKERS |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "Assistant")
 
 
@@ -214,10 +214,9 @@ def messages(row: dict) -> list[dict]:
     """Of a conversation in one column, or in a prompt's and a completion's; else []."""
     if said := next((row[name] for name in COLUMNS["messages"] if row.get(name)), None):
         return said
-    said, reply = (next((row[x] for x in COLUMNS[key] if row.get(x)), None) for key in ("problem", "solution"))
-    if not isinstance(said, list):
-        return []
-    return said + (reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}])
+    said, reply = (next((row[x] for x in COLUMNS[y] if row.get(x)), None) for y in ("problem", "solution"))
+    reply = reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}]
+    return said + reply if isinstance(said, list) else []
 
 
 def turns(row: dict) -> list[tuple[str, str]]:
@@ -234,9 +233,10 @@ def turns(row: dict) -> list[tuple[str, str]]:
 
 
 def says_no(value) -> bool:
-    """Of a verdict in words, as a number or a bool: NuminaMath's are Yes, No, Incomplete, …"""
+    """Of a verdict in words, as a number or a bool: NuminaMath's are Yes, Problem not solved, …"""
     said = str(value).strip(" .").lower()
-    return said in ("no", "false", "0", "0.0", "wrong", "incorrect", "invalid", "incomplete") or "not " in said
+    return "not " in said or said in (
+        "no", "false", "0", "0.0", "wrong", "incorrect", "invalid", "incomplete")
 
 
 def is_valid(row: dict) -> bool:
@@ -263,8 +263,8 @@ def last_box(solution: str) -> str:
 
 def asked(row: dict) -> str:
     """The problem; below it Alpaca's input or Dolly's context."""
-    parts = [column(row, *COLUMNS["problem"]), *(checked(row[x], x) for x in ("context", "input") if row.get(x))]
-    return "\n".join(filter(None, map(str.strip, parts)))
+    beside = [checked(row[name], name).strip() for name in ("context", "input") if row.get(name)]
+    return "\n".join(filter(None, [column(row, *COLUMNS["problem"]).strip(), *beside]))
 
 
 def solved(row: dict) -> tuple[str, str]:
@@ -322,8 +322,7 @@ def long_thought(row: dict) -> str | None:
         found = zip(row["generations"], map(any, zip_longest(*judged)), whole)
         thought = next((text for text, correct, complete in found if correct and complete), None)
     elif "problem" not in row and messages(row):
-        said = turns(row)
-        pairs = [(q, a) for (who, q), (other, a) in zip(said, said[1:]) if (who, other) == ("User", "Assistant")]
+        pairs = [(a[1], b[1]) for a, b in pairwise(turns(row)) if (a[0], b[0]) == ("User", "Assistant")]
         question, thought = pairs[-1] if pairs else ("", "")
         row = {"problem": question}
     else:

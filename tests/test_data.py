@@ -112,9 +112,9 @@ def test_formats():
     sharegpt = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
     assert recipes.conversation(sharegpt) == "User:Hi\nAssistant:Hello"
     chat = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi "}]}
-    assert recipes.conversation(chat) == "User:Hi"
-    wild = {"model": "gpt-4-0314", "conversation": [{"role": "assistant", "content": "Yes"}]}
-    assert recipes.conversation(wild) == "Assistant:Yes"
+    assert recipes.conversation(chat) is None, "nothing is answered"
+    wild = {"model": "gpt-4-0314", "conversation": [*chat["messages"], {"role": "assistant", "content": "Yes"}]}
+    assert recipes.conversation(wild) == "User:Hi\nAssistant:Yes"
     assert recipes.conversation(wild | {"model": "gpt-3.5-turbo"}) is None, "high quality only"
 
 
@@ -764,7 +764,8 @@ def test_what_the_hub_does_not_have(hub, part, message, monkeypatch):
     with pytest.raises(ValueError, match=message):
         list(prepare.read_documents(corpus, hub, False))
     _, corpus = prepare.own_source(f"web=text:hub:{hub / 'set'}:easy")
-    message = "row 1 does not fit the format 'text': no column text or content; it has: question"
+    corpus = corpus._replace(columns=(("text", "body"),))
+    message = "row 1 does not fit the format 'text': no column body; it has: question"
     with pytest.raises(ValueError, match=message):
         list(prepare.read_documents(corpus, hub, False))
     datasets = pytest.importorskip("datasets")
@@ -865,12 +866,95 @@ def test_a_map_of_columns(tmp_path):
     columns = recipes.column_map("problem=Q,qa.answer=info.A,qa.solution=why,web.text=problem")
     document = "1+1?\nIt is two.\nThe answer is \\boxed{2}."
     for name, format, text in ("qa", "qa", document), ("web", "text", "another"):
-        pairs = recipes.columns_of(name, columns)
+        pairs = recipes.columns_of(("qa", "web"), columns)[name]
         assert documents_of(tmp_path / "in", "a.jsonl", format=format, columns=pairs) == [text] * 2
     error = run(tmp_path / "in", "--source", "a=qa:a.jsonl", "--columns", "problem=q", code=2)
     assert "no column q; it has: Q, info, problem" in error
     error = run(tmp_path / "in", "--source", "a=qa:a.jsonl", "--columns", "title=q", code=2)
     assert "COLUMN one of text, problem, answer, solution, messages" in error
+
+
+@pytest.mark.parametrize("format, row", [
+    ("qa", {"question": None, "answer": "It is 2."}), ("qa", {"problem": "1+1?", "solution": " "}),
+    ("qa", {"text": "\n"}), ("text", {"text": " "}), ("text", {"problem": "", "solution": "2"}),
+    ("long_cot", {"problem": "", "response": "2"}), ("long_cot", {"problem": "1+1?", "response": ""}),
+    ("long_cot", {"messages": [{"role": "user", "content": "1+1?"}]}),
+    ("long_cot", {"messages": [{"role": "assistant", "content": "2"}, {"role": "user", "content": "1+1?"}]}),
+    ("chat", {"instruction": None, "output": "2"}), ("chat", {"instruction": "1+1?", "output": ""}),
+    ("chat", {"messages": [{"role": "assistant", "content": "2"}]}),
+    ("chat", {"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": ""}]}),
+])
+def test_no_question_or_no_answer_is_no_document(format, row, tmp_path):
+    write_rows(tmp_path / "a.jsonl", [row])
+    read = list(prepare.read_documents(recipes.SourceSpec(format, ("a.jsonl",)), tmp_path, False))
+    assert read == [prepare.Dropped(prepare.EMPTY)]
+
+
+def test_who_says_what_in_conversations():
+    said = [("System", "Be kind."), ("User", "Hi"), ("ChatGPT", "Hello"), ("human", "1+1?"), ("model", "2"),
+            ("user", "Thanks")]
+    talk = {"conversations": [{"from": who, "value": text} for who, text in said]}
+    document = "User:Hi\nAssistant:Hello\nUser:1+1?\nAssistant:2\nUser:Thanks"
+    assert recipes.conversation(talk) == document
+    assert recipes.long_thought(talk) == "1+1?\n2", "the last question that is answered"
+    parts = [{"role": who, "content": [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]}
+             for who, text in said[:5]]
+    assert recipes.conversation({"messages": parts + [{"role": "USER", "content": "Thanks"}]}) == document
+    lists = {"prompt": parts[:4], "completion": parts[4:]}
+    assert recipes.conversation(lists) == document.removesuffix("\nUser:Thanks")
+    assert recipes.conversation(lists | {"completion": "2"}) == recipes.conversation(lists)
+    assert recipes.long_thought(lists) == recipes.question_answer(lists) == "1+1?\n2"
+    for make in (recipes.conversation, recipes.long_thought):
+        with pytest.raises(KeyError, match="unknown speaker 'critic'; known: system, user, human, assistant"):
+            make({"messages": [*parts, {"role": "critic", "content": "No."}]})
+    with pytest.raises(TypeError, match="a part of the content of a message is NoneType instead of text"):
+        recipes.conversation({"messages": [{"role": "user", "content": [{"type": "image"}]}]})
+
+
+def test_verdicts_and_answers_in_many_words():
+    for says, valid in (("NO", 0), ("0", 0), (0.0, 0), ("wrong", 0), (False, 0), ("Not valid.", 0),
+                        (1.0, 1), ("yes", 1), (None, 1), (True, 1), ("B", 1)):
+        assert all(recipes.is_valid({name: says}) == valid for name in recipes.VALIDITY), says
+    for text in ("not-found", "no answer", r"\text{proof}", "See proof", "see solution", "?", "--", "$-$", "N/A",
+                 r"\boxed{}", r"\boxed{\text{Not found.}}", r"\(\text{None}\)"):
+        assert not recipes.is_answer(text), text
+    for text in ("-1", "D", r"\text{no solution}", r"\{\}", "<", r"\infty", r"\frac{1}{2}"):
+        assert recipes.is_answer(text), text
+    row = {"problem": "Why?", "solution": r"So it is. \boxed{\text{proof}}"}
+    assert recipes.question_answer(row) == "Why?\nSo it is. \\text{proof}", "this box is not taught"
+    assert recipes.question_answer(row | {"answer": "7"}).endswith("\nThe answer is \\boxed{7}.")
+    thought = {"problem": "Why?", "response": r"<think>So.</think>\boxed{3}, \boxed{}"}
+    assert recipes.long_thought(thought) == "Why?\n<think>So.</think>\\boxed{3},"
+
+
+def test_what_stands_beside_a_question_belongs_to_it():
+    alpaca = {"instruction": "Add.", "input": "1 and 1", "output": "It is 2."}
+    assert recipes.question_answer(alpaca) == "Add.\n1 and 1\nIt is 2."
+    mapped = recipes.renamed(alpaca, (("problem", "input"),))
+    assert recipes.question_answer(mapped) == "1 and 1\nIt is 2.", "once"
+    assert recipes.running_text({"question": "1+1?", "response": "2"}) == "1+1?\n\n2"
+
+
+def test_a_row_that_is_no_object_is_a_bad_row(tmp_path):
+    array = [{"text": "a"}, 7, {"text": "b"}]
+    (tmp_path / "array.json").write_text(json.dumps(array, indent=1))
+    (tmp_path / "line.json").write_text(json.dumps(array) + "\n")
+    (tmp_path / "lines.jsonl").write_text('[1]\n{"text": "a"}\n\n{"text": "b"}')
+    for name, line in ("array.json", 2), ("line.json", 2), ("lines.jsonl", 1):
+        assert documents_of(tmp_path, name) == ["a", "b"]
+        with pytest.raises(ValueError, match=f"{name}, line {line}: not one JSON object"):
+            list(read_jsonl(tmp_path / name))
+    (tmp_path / "cut.json").write_text(json.dumps(array, indent=1)[:-2])
+    with pytest.raises(ValueError, match="cut.json, line 0: .* or truncated"):
+        documents_of(tmp_path, "cut.json")
+
+
+def test_a_folder_that_is_not_there_is_said_once(tmp_path):
+    pytest.importorskip("datasets")
+    words = command(tmp_path / "in", "--source", "a=text:hub:/not/there")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "/not/there, split train cannot be read" in done.stderr
+    assert "revision" not in done.stdout
 
 
 def test_cut_documents_count_once(tmp_path):

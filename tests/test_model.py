@@ -554,6 +554,9 @@ def test_a_folder_without_safetensors_says_so(name, tmp_path):
         with pytest.raises(ValueError, match=f"has only {name}: convert it to safetensors") as error:
             read(str(tmp_path))
         assert "\n" not in str(error.value)
+    (tmp_path / name).rename(tmp_path / "qa.train.bin")  # a folder of shards
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        files.find_checkpoint(str(tmp_path))
 
 
 TASK = """

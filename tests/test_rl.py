@@ -902,7 +902,7 @@ def test_prompts_of_the_hub_and_benchmarks_beside_training(tmp_path):
     )
     found = benchmarks.load_problems(f"hub:{tmp_path / 'set'}")
     assert found[4] == {"problem": "4 + 1?", "answer": "5"} and len(found) == 5
-    with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
+    with pytest.raises(ValueError, match="row 1 is no problem with an answer: no column .*; it has: text"):
         benchmarks.load_problems(f"hub:{tmp_path / 'other'}")
     args = settings(
         prompts=None, eval="math500", data=str(tmp_path), eval_problems=9, template="simple", max_prompt=99
@@ -927,12 +927,38 @@ def test_prompts_of_any_columns(tmp_path):
     args = settings(prompts=str(tmp_path / "p.jsonl"), eval=str(tmp_path / "e.jsonl"), data=None)
     args.eval_problems, args.template, args.max_prompt = 9, "simple", 9999
     words = tokenizer.train(["Question: Answer: 1 + 2?"], 260)
-    with pytest.raises(ValueError, match=r'line 1: a row needs "problem" and "answer".*its columns: Q, A'):
+    with pytest.raises(ValueError, match="p.jsonl: row 1 is no problem .*: no column problem .*; it has: Q, A"):
         rl.read_problems(args, words)
     args.columns = {"prompts.problem": "Q", "prompts.answer": "A"}
     train, held_out = rl.read_problems(args, words)
     assert [(row["problem"], row["answer"]) for row in train] == [(f"{i} + 1?", str(i + 1)) for i in range(5)]
     assert [(row["problem"], row["answer"]) for row in held_out] == [("1?", "1")]
+
+
+def test_bad_prompts_are_left_out_as_in_prepare(tmp_path, capsys):
+    """Up to the same share, and the first is named; of --eval, a benchmark, none may be bad."""
+    rows = [json.dumps({"problem": f"{i} + 1?", "answer": i + 1}) for i in range(300)]
+    rows[3:3] = ["{", '{"problem": NaN, "answer": 1}', '{"problem": null, "answer": 1}', "[1]"]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(rows))
+    args = settings(prompts=str(path), eval=None, data=None, columns=None)
+    args.eval_problems, args.template, args.max_prompt = 9, "simple", 9999
+    words = tokenizer.train(["Question: Answer: 1 + 2?"], 260)
+    train, held_out = rl.read_problems(args, words)
+    assert len(train) + len(held_out) == 300
+    first = f"{path}: row 4 is no problem with an answer: not one JSON object in UTF-8"
+    assert capsys.readouterr().out == (
+        f"{path}: left out: 3 bad rows, 1 without a problem or an answer (the first: {first})\n")
+    path.write_text("\n".join(rows[:150]))
+    with pytest.raises(ValueError, match="row 4 is no problem .*3 bad rows of 150"):
+        rl.read_problems(args, words)
+    for broken, why in ('{"problem": null, "answer": 1}', "its problem is empty"), ("{", "not one JSON object"):
+        path.write_text("\n".join([*rows[:3], broken]))
+        with pytest.raises(ValueError, match=f"p.jsonl: row 4 is no problem with an answer: {why}"):
+            rl.read_problems(settings(**vars(args) | {"prompts": None, "eval": str(path)}), words)
+    args.columns = {"other.problem": "Q"}
+    with pytest.raises(ValueError, match=r"unknown source 'other' \(valid: prompts, eval\)"):
+        rl.read_problems(args, words)
 
 
 def test_the_longest_prompt_is_named(checkpoint, tmp_path, monkeypatch, capsys):
@@ -990,7 +1016,7 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         (["--ckpt", "{ckpt}", "--max-new-tokens", "0"], "0:0"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/one.jsonl"], "holds one problem"),
         (["--ckpt", "{ckpt}", "--prompts-per-step", "3", "--updates", "2"], "does not split"),
-        (["--ckpt", "{ckpt}", "--preset", "3b"], "--preset 3b needs --prompts: the paper's set is MATH8K"),
+        (["--ckpt", "{ckpt}", "--preset", "3b"], "--preset 3b needs --prompts: --prompts math8k is"),
         (["--ckpt", "{ckpt}@7"], "micro has no checkpoint of step 7; it has: none"),
         (["--ckpt", "{ckpt}", "--length-schedule", "10:5"], "begin at 0"),
         (["--ckpt", "{ckpt}", "--dual-clip", "0.5"], "give 3, or 0"),
@@ -1002,14 +1028,14 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/none.jsonl"], "none.jsonl"),
         (["--ckpt", "{ckpt}", "--prompts", "synth"], "synth holds test problems"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/empty.jsonl"], "holds no problem"),
-        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/key.jsonl"], "key.jsonl, line 2: a row needs"),
-        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "text.jsonl, line 1: not one JSON object"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/key.jsonl"], "key.jsonl: row 2 is no problem"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "text.jsonl: row 1 is no problem with an answer: not one JSON"),
         (["--ckpt", "{tmp}/nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, says, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "key.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n{"problem": "1 + 2?"}\n')
+    (tmp_path / "key.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n' + '{"problem": "1 + 2?"}\n' * 2)
     (tmp_path / "text.jsonl").write_text("1 + 1 = 2\n")
     (tmp_path / "one.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n')
     argv = ["rl.py", "--out", str(tmp_path), *(f.format(ckpt=checkpoint, tmp=tmp_path) for f in flags)]

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import verify
-from data import benchmarks, prompts
+from data import benchmarks, prompts, recipes
+from data.files import read_jsonl
 from verify import extract_answer, is_equivalent, reward, wilson
 
 ROOT = Path(__file__).parent.parent
@@ -544,7 +545,8 @@ def test_hub_rows_become_problems_and_answers():
         "mmlu_stem": {"question": "Q", "choices": ["0", "4"], "answer": 1},
         "math8k": {"prompt": [{"content": "Solve Q."}], "extra_info": {"question": "Q", "answer": "7"}},
     }
-    got = {name: benchmarks.BENCHMARKS[name].hub.row(row) for name, row in rows.items()}
+    hubs = {name: benchmarks.BENCHMARKS[name].hub for name in rows}
+    got = {name: hub.row(recipes.renamed(rows[name], hub.spec.columns)) for name, hub in hubs.items()}
     answers = ["4", r"\frac{1}{2}", "4", "1, 2", "27.0", "145.0", "9", "B", "7"]
     assert [answer for _, answer in got.values()] == answers
     assert all("Q" in problem for problem, _ in got.values()) and got["mmlu_stem"][0].endswith("(A) 0, (B) 4")
@@ -629,9 +631,19 @@ def test_one_door_for_problems(tmp_path, monkeypatch):
     for source, says in (
             ("math501", "math501: no such file"), ("gsm8k", "gsm8k/test.jsonl: no such file"),
             ("none.jsonl", "none.jsonl holds no problem"),
-            ("key.jsonl", 'key.jsonl, line 2: a row needs "problem" and "answer", as text')):
+            ("key.jsonl", "key.jsonl: row 2 is no problem with an answer: no column answer")):
         with pytest.raises((FileNotFoundError, ValueError), match=re.escape(says)):
             benchmarks.load_problems(source, tmp_path)
+    write_lines(tmp_path / "eval/math500.jsonl", {"problem": "1?", "Q": "2?", "answer": "2"}, "[]")
+    os.remove(tmp_path / "math500")
+    with pytest.raises(ValueError, match="math500.jsonl: row 2 .* not one JSON object"):
+        benchmarks.load_problems("math500", tmp_path)
+    named = benchmarks.load_problems("math500", tmp_path, 1, columns=(("problem", "Q"),))
+    assert named[0]["problem"] == "2?", "a map of columns goes for a known name too"
+    said = [[{"role": "user", "content": "1?"}], [{"role": "assistant", "content": "So \\boxed{1}."}]]
+    write_lines(tmp_path / "talk.jsonl", dict(zip(("prompt", "completion"), said)))
+    found = benchmarks.load_problems("talk.jsonl")[0]
+    assert (found["problem"], found["answer"]) == ("1?", "1")
     with pytest.raises(ValueError, match="where mathqa lies on the hub is not known here: --data DIR"):
         benchmarks.load_problems("mathqa")
 
@@ -650,7 +662,7 @@ def test_problems_of_the_hub(tmp_path):
     assert found[4] == {"problem": "4 + 1?", "answer": "5"} and len(found) == 5
     assert benchmarks.load_problems(f"hub:{tmp_path / 'set'}", limit=2) == found[:2]
     assert benchmarks.load_problems(f"hub:{tmp_path / 'solved'}") == [{"problem": "3 + 1?", "answer": "4"}]
-    with pytest.raises(ValueError, match="row 1 has no problem with an answer; its columns: text"):
+    with pytest.raises(ValueError, match="row 1 is no problem with an answer: no column .*; it has: text"):
         benchmarks.load_problems(f"hub:{tmp_path / 'other'}")
 
 
@@ -665,7 +677,7 @@ def test_a_benchmark_of_ones_own(rows, flags, golds, checkpoint, tmp_path):
     args = ("--ckpt", checkpoint, "--out", tmp_path / "out", "--bench", own, "--max-new-tokens", "4", *flags)
     done = run(*args)
     assert done.returncode == 0 and f"| own       | {len(golds)}     |" in done.stdout, done.stderr
-    left_out = f"{own}: 1 rows left out, without an answer or marked as wrong\n"
+    left_out = f"{own}: left out: 1 "
     assert done.stdout.startswith(left_out) == (len(golds) < len(rows))
     graded = [json.loads(line) for line in (tmp_path / "out/own.jsonl").read_text().splitlines()]
     assert [row["gold"] for row in graded] == golds
@@ -739,7 +751,7 @@ def test_a_bad_row_is_named_and_nothing_is_lost(tmp_path, bad):
 def test_wrong_arguments_are_one_line():
     for args in (["--grade", "missing.jsonl"], [], ["--grade", "a", "--ckpt", "b"], ["--grad", "x"],
                  ["--ckpt", "b", "--n", "0"], ["--ckpt", "b", "--n", "4"], ["--ckpt", "b", "--shots", "x"],
-                 ["--ckpt", "b", "--bench", "gsm8k"], ["--ckpt", "b", "--bench", "nonsense", "--data", "."]):
+                 ["--ckpt", ".", "--columns", "other.problem=Q"], ["--ckpt", "b", "--bench", "gsm8k"], ["--ckpt", "b", "--bench", "nonsense", "--data", "."]):
         done = run(*args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "Traceback" not in done.stderr
@@ -754,7 +766,7 @@ def test_wrong_arguments_are_one_line():
 def test_public_references():
     # GSM8K's file may lack the "#### 72" that ends a solution
     for name, share in (("math", 0.995), ("gsm8k", 0.985)):
-        rows = list(benchmarks.read_rows(DATA / name / "test.jsonl", ("solution", "answer")))[:1500]
+        rows = list(read_jsonl(DATA / name / "test.jsonl"))[:1500]
         assert all(is_equivalent(row["answer"], row["answer"]) for row in rows)
         graded = [is_equivalent(extract_answer(row["solution"]) or "", row["answer"]) for row in rows]
         assert sum(graded) >= share * len(rows)
