@@ -74,8 +74,8 @@ def load_problems(source: str, data_dir=None, limit=None, seed=0, columns=(), to
 
     source: a benchmark's name, a file, or hub:ID[:PART[:SPLIT]]; what is a name and a file is the file.
     data_dir: folder of the benchmarks' files; None: they come from the hub. columns: as in SourceSpec. Of a
-    file or hub:… rows without an answer or marked as wrong are left out. to_train: so are bad rows, as many as
-    prepare.py drops; else the first is a ValueError: a benchmark of fewer items would be another benchmark.
+    file or hub:… rows without an answer or marked as wrong are left out. to_train: so are bad rows, up to
+    prepare.py's share; else the first is a ValueError: a benchmark of fewer items would be another benchmark.
     synth: problems of the generated corpus's test split, made from the seed, 500 if there is no limit."""
     from data import prepare
 

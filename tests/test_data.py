@@ -113,7 +113,8 @@ def test_formats():
     assert recipes.conversation(sharegpt) == "User:Hi\nAssistant:Hello"
     chat = {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi "}]}
     assert recipes.conversation(chat) is None, "nothing is answered"
-    wild = {"model": "gpt-4-0314", "conversation": [*chat["messages"], {"role": "assistant", "content": "Yes"}]}
+    yes = {"role": "assistant", "content": "Yes"}
+    wild = {"model": "gpt-4-0314", "conversation": [*chat["messages"], yes]}
     assert recipes.conversation(wild) == "User:Hi\nAssistant:Yes"
     assert recipes.conversation(wild | {"model": "gpt-3.5-turbo"}) is None, "high quality only"
 
@@ -897,7 +898,7 @@ def test_who_says_what_in_conversations():
     document = "User:Hi\nAssistant:Hello\nUser:1+1?\nAssistant:2\nUser:Thanks"
     assert recipes.conversation(talk) == document
     assert recipes.long_thought(talk) == "1+1?\n2", "the last question that is answered"
-    parts = [{"role": who, "content": [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]}
+    parts = [{"role": who, "content": [{"type": "text", "text": x} for x in (text[:1], text[1:])]}
              for who, text in said[:5]]
     assert recipes.conversation({"messages": parts + [{"role": "USER", "content": "Thanks"}]}) == document
     lists = {"prompt": parts[:4], "completion": parts[4:]}
@@ -915,8 +916,8 @@ def test_verdicts_and_answers_in_many_words():
     for says, valid in (("NO", 0), ("0", 0), (0.0, 0), ("wrong", 0), (False, 0), ("Not valid.", 0),
                         (1.0, 1), ("yes", 1), (None, 1), (True, 1), ("B", 1)):
         assert all(recipes.is_valid({name: says}) == valid for name in recipes.VALIDITY), says
-    for text in ("not-found", "no answer", r"\text{proof}", "See proof", "see solution", "?", "--", "$-$", "N/A",
-                 r"\boxed{}", r"\boxed{\text{Not found.}}", r"\(\text{None}\)"):
+    for text in ("not-found", "no answer", r"\text{proof}", "See proof", "see solution", "?", "--", "$-$",
+                 "N/A", r"\boxed{}", r"\boxed{\text{Not found.}}", r"\(\text{None}\)"):
         assert not recipes.is_answer(text), text
     for text in ("-1", "D", r"\text{no solution}", r"\{\}", "<", r"\infty", r"\frac{1}{2}"):
         assert recipes.is_answer(text), text

@@ -927,7 +927,7 @@ def test_prompts_of_any_columns(tmp_path):
     args = settings(prompts=str(tmp_path / "p.jsonl"), eval=str(tmp_path / "e.jsonl"), data=None)
     args.eval_problems, args.template, args.max_prompt = 9, "simple", 9999
     words = tokenizer.train(["Question: Answer: 1 + 2?"], 260)
-    with pytest.raises(ValueError, match="p.jsonl: row 1 is no problem .*: no column problem .*; it has: Q, A"):
+    with pytest.raises(ValueError, match="p.jsonl: row 1 is no .*: no column problem .*; it has: Q, A"):
         rl.read_problems(args, words)
     args.columns = {"prompts.problem": "Q", "prompts.answer": "A"}
     train, held_out = rl.read_problems(args, words)
@@ -952,7 +952,7 @@ def test_bad_prompts_are_left_out_as_in_prepare(tmp_path, capsys):
     path.write_text("\n".join(rows[:150]))
     with pytest.raises(ValueError, match="row 4 is no problem .*3 bad rows of 150"):
         rl.read_problems(args, words)
-    for broken, why in ('{"problem": null, "answer": 1}', "its problem is empty"), ("{", "not one JSON object"):
+    for broken, why in ('{"problem": null, "answer": 1}', "its problem is empty"), ("{", "not one JSON"):
         path.write_text("\n".join([*rows[:3], broken]))
         with pytest.raises(ValueError, match=f"p.jsonl: row 4 is no problem with an answer: {why}"):
             rl.read_problems(settings(**vars(args) | {"prompts": None, "eval": str(path)}), words)
@@ -1029,13 +1029,13 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         (["--ckpt", "{ckpt}", "--prompts", "synth"], "synth holds test problems"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/empty.jsonl"], "holds no problem"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/key.jsonl"], "key.jsonl: row 2 is no problem"),
-        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "text.jsonl: row 1 is no problem with an answer: not one JSON"),
+        (["--ckpt", "{ckpt}", "--prompts", "{tmp}/text.jsonl"], "an answer: not one JSON object"),
         (["--ckpt", "{tmp}/nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_clear_line(flags, says, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "key.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n' + '{"problem": "1 + 2?"}\n' * 2)
+    (tmp_path / "key.jsonl").write_text('{"problem": "1?", "answer": 2}\n' + '{"problem": "1?"}\n' * 2)
     (tmp_path / "text.jsonl").write_text("1 + 1 = 2\n")
     (tmp_path / "one.jsonl").write_text('{"problem": "1 + 1?", "answer": 2}\n')
     argv = ["rl.py", "--out", str(tmp_path), *(f.format(ckpt=checkpoint, tmp=tmp_path) for f in flags)]

@@ -751,7 +751,8 @@ def test_a_bad_row_is_named_and_nothing_is_lost(tmp_path, bad):
 def test_wrong_arguments_are_one_line():
     for args in (["--grade", "missing.jsonl"], [], ["--grade", "a", "--ckpt", "b"], ["--grad", "x"],
                  ["--ckpt", "b", "--n", "0"], ["--ckpt", "b", "--n", "4"], ["--ckpt", "b", "--shots", "x"],
-                 ["--ckpt", ".", "--columns", "other.problem=Q"], ["--ckpt", "b", "--bench", "gsm8k"], ["--ckpt", "b", "--bench", "nonsense", "--data", "."]):
+                 ["--ckpt", ".", "--columns", "other.problem=Q"],
+                 ["--ckpt", "b", "--bench", "gsm8k"], ["--ckpt", "b", "--bench", "nonsense", "--data", "."]):
         done = run(*args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "Traceback" not in done.stderr
