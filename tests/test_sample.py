@@ -734,7 +734,7 @@ def test_a_damaged_checkpoint_is_never_loaded(stage, tmp_path, capsys):
         files.print0_once.cache_clear()
         if found:
             assert files.find_checkpoint(str(tmp_path / "long")) == str(found)
-            assert f"{path} is damaged: taking the one before it" in capsys.readouterr().out
+            assert f"{path} is damaged: passed over" in capsys.readouterr().out
             assert sample.load_model(files.find_checkpoint(str(tmp_path / "long")))
     with pytest.raises(FileNotFoundError, match="no whole checkpoint in .*long: all of them are damaged"):
         files.find_checkpoint(str(tmp_path / "long"))
