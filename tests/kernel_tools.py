@@ -16,6 +16,25 @@ from torch import Tensor
 
 import model
 
+
+def mend_interpreter() -> None:
+    """Triton's interpreter before 3.7 makes an index of an array of one number, which NumPy 2.4 refuses."""
+    import triton
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        interpreter._patch_lang_tensor = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and model.triton:
+    mend_interpreter()
+
 # ------------------------------------------------------------------------------------------------------------
 # Compiled ahead of time: Triton's wheel carries NVIDIA's assembler and disassembler, so this needs no GPU
 
