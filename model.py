@@ -547,6 +547,11 @@ def tile(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, 
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), chosen))
 
 
+def stages_of_all_loads(head_dim: int, meta: dict) -> int | None:
+    """STAGES of dk dv. None at width 128 with 4 warps: their accumulators leave no registers for it."""
+    return meta["num_stages"] if int(head_dim) < 128 or meta["num_warps"] > 4 else None
+
+
 def _rows_per_program(width: int) -> dict:
     """About 4,096 numbers per program: one row of a wide model, many of a narrow one."""
     block = triton.next_power_of_2(width)
@@ -827,11 +832,14 @@ def _attention_dq(
 def _dkdv_loop(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, cols, ends, first, full_lo, full_hi, end, T,
     G: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     scale: tl.constexpr = D**-0.5 * LOG2E
     zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
     tiles = _tile_count(first, full_lo, full_hi, end, BLOCK_M, MASKED)
-    for i in range(tiles * G):
+    # A loop that names its stages has all its loads in flight; else lse and delta, which feed no product,
+    # would be fetched number by number, by each thread the 32 that it needs, which waits for them.
+    for i in tl.range(tiles * G, num_stages=STAGES):
         g, m = i // tiles, _tile_start(i % tiles, first, full_lo, full_hi, BLOCK_M, MASKED)
         rows = m + tl.arange(0, BLOCK_M)
         q = _load_rows(q_ptr + g * D, m, T, STRIDE, BLOCK_M, D, MASKED)
@@ -855,6 +863,7 @@ def _dkdv_loop(
 def _attention_dkdv(
     q_ptr, k_ptr, v_ptr, end_ptr, lse_ptr, do_ptr, delta_ptr, dk_ptr, dv_ptr, T,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     G: tl.constexpr = H // K
     b, kv, n0 = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K, tl.program_id(0) * BLOCK_N
@@ -869,7 +878,7 @@ def _attention_dkdv(
     for masked in tl.static_range(1, -1, -1):
         dk, dv = _dkdv_loop(
             dk, dv, k, v, q_ptr + queries, do_ptr + queries, lse_ptr + scalars, delta_ptr + scalars, cols,
-            ends, first, full_lo, full_hi, end, T, G, H * D, D, BLOCK_M, masked == 1,
+            ends, first, full_lo, full_hi, end, T, G, H * D, D, BLOCK_M, masked == 1, STAGES,
         )
     _store_rows(dk_ptr + mine, n0, T, dk * D**-0.5, K * D, BLOCK_N, D)
     _store_rows(dv_ptr + mine, n0, T, dv, K * D, BLOCK_N, D)
@@ -900,6 +909,7 @@ def _attention_grad(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, o: Tenso
     each = torch.arange(T, device=q.device, dtype=doc_start.dtype).expand(B, T).contiguous()
     doc_end = torch.searchsorted(doc_start, each, right=True, out_int32=True)
     meta = tile("dkdv", D, q.dtype)
+    meta["STAGES"] = stages_of_all_loads(D, meta)
     grid = (triton.cdiv(T, meta["BLOCK_N"]), B * K)
     _wrap(_attention_dkdv)[grid](q, k, v, doc_end, lse, do, delta, dk, dv, T, H=H, K=K, D=D, **meta)
     return dq, dk, dv
@@ -1024,6 +1034,7 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: T
 # made once more in the backward: 4 products. There chunks can be of words and not of tokens, as L_i is known.
 
 CHUNK_NUMBERS = 1 << 28  # logits at a time: 512 MiB in bf16, 2,093 tokens of Llama 3's vocabulary
+FEW, LARGER = 4, 4  # dW may be summed in bf16 over a few chunks; so many times as large, to be a few
 _NLL_TILE = dict(BLOCK=4096, num_warps=8)
 
 
@@ -1060,12 +1071,21 @@ def _nll_backward(
     tl.store(logits_ptr + row * n + at, dz.to(logits_ptr.dtype.element_ty), at < n)
 
 
-def _chunks(n: int, width: int) -> list[tuple[int, int]]:
-    """(begin, end) of even parts of n rows of logits: at most CHUNK_NUMBERS each, in multiples of 64 rows."""
+def _chunks(n: int, width: int, larger: int = 1) -> list[tuple[int, int]]:
+    """(begin, end) of even parts of n rows of logits, in multiples of 64 rows: at most CHUNK_NUMBERS each, or
+    `larger` times as many where FEW parts are enough then."""
     most = max(1, CHUNK_NUMBERS // max(1, width) // 64) * 64
-    parts = max(1, triton.cdiv(n, most))
-    size = max(1, triton.cdiv(triton.cdiv(n, parts), 64)) * 64
+    parts = max(1, -(-n // most))
+    parts = min(parts, FEW) if parts <= FEW * larger else parts
+    size = max(1, -(-n // (64 * parts))) * 64
     return [(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def loss_memory(tokens: int, hidden: int, vocab: int, size: int) -> int:
+    """Bytes of a chunk of logits and of dW, in numbers of `size` bytes, in linear_nll_sum()."""
+    chunks = _chunks(tokens, vocab, LARGER)
+    summed = 0 if len(chunks) <= FEW or size == 4 else 4  # in fp32, beside the part that is added
+    return min(tokens, chunks[0][1]) * vocab * size + vocab * hidden * (size + summed)
 
 
 @_op("octo::linear_nll")
@@ -1076,6 +1096,7 @@ def _linear_nll(h: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
     for a, b in _chunks(N, V):
         logits = h[a:b] @ weight.t()
         _wrap(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_TILE)
+        del logits  # before the next are made
     return nll, lse
 
 
@@ -1091,6 +1112,7 @@ def _linear_nll_grad(h: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, gr
         backward(logits, targets, lse, grad, temperature, a, b - a, ONES=False, **_NLL_TILE)
         dh += logits @ weight[a:b]
         dw[a:b] = logits.t() @ h
+        del logits
     return dh.to(h.dtype), dw
 
 
@@ -1100,9 +1122,10 @@ def _linear_nll_sum(h: Tensor, weight: Tensor, targets: Tensor,
     """The sum of the negative log-likelihoods (), each of them (N,), the sum's gradients to h and weight."""
     targets, N, V = targets.contiguous(), h.shape[0], weight.shape[0]
     nll, lse = h.new_empty(N, dtype=torch.float32), h.new_empty(N, dtype=torch.float32)
-    chunks, dh = _chunks(N, V), torch.empty_like(h)
-    # dW is a sum over chunks. A few are added in its own dtype; more would add up rounding errors of bf16.
-    dw = weight.new_zeros(weight.shape, dtype=weight.dtype if len(chunks) <= 4 else torch.float32)
+    chunks, dh = _chunks(N, V, LARGER), torch.empty_like(h)
+    # dW is a sum over chunks. A few are added in its own dtype; more would add up rounding errors of bf16. (A
+    # sum in fp32 takes time, and as much memory as the larger chunks.)
+    dw = weight.new_zeros(weight.shape, dtype=weight.dtype if len(chunks) <= FEW else torch.float32)
     for a, b in chunks:
         logits = h[a:b] @ weight.t()
         _wrap(_nll_forward)[(b - a,)](logits, targets[a:b], nll[a:b], lse[a:b], temperature, V=V, **_NLL_TILE)
@@ -1113,6 +1136,7 @@ def _linear_nll_sum(h: Tensor, weight: Tensor, targets: Tensor,
             dw.addmm_(logits.t(), h[a:b])
         else:
             dw += logits.t() @ h[a:b]
+        del logits
     return nll.sum(), nll, dh, dw.to(weight.dtype)
 
 

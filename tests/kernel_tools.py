@@ -59,6 +59,9 @@ def attention_jobs(capability: int, head_dims=model.HEAD_DIMS, more: dict | None
             tiles += more[name][D] if more else []
             for m, n, warps, stages in dict.fromkeys(tiles):
                 constants = dict(H=8, K=2, D=D, BLOCK_M=m, BLOCK_N=n)
+                if name == "dkdv":
+                    meta = dict(num_warps=warps, num_stages=stages)
+                    constants["STAGES"] = model.stages_of_all_loads(D, meta)
                 jobs.append((f"attention {name} {D} {m}x{n}", kernel, constants, warps, stages))
     return jobs
 

@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from unittest import mock
 
 import bench_kernels
@@ -20,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from kernel_tools import documents, error, guarded
 
+import midtrain
 import model as llama
 from model import Llama, LlamaConfig
 
@@ -456,9 +459,9 @@ def test_kernels_with_odd_inputs(run):
 
 def check_many_chunks(device="cpu"):
     """The rounding errors of dW in a 16-bit dtype do not add up over chunks."""
-    h = guarded(640, 32, dtype=FP16, device=device)
+    h = guarded(1280, 32, dtype=FP16, device=device)
     weight = guarded(40, 32, dtype=FP16, device=device, seed=1)
-    targets = torch.randint(40, (640,), generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.randint(40, (1280,), generator=torch.Generator().manual_seed(0)).to(device)
     wide = [x.double().requires_grad_() for x in (h, weight)]
     exact = torch.autograd.grad(tools.exact_nll(*wide, targets, 1.0).sum(), wide)[1]
     distances = []
@@ -470,6 +473,18 @@ def check_many_chunks(device="cpu"):
 
 def test_nll_kernel_in_many_chunks(run):
     run(check_many_chunks)
+
+
+def test_chunks_of_a_loss_are_few_or_small():
+    """The paper's micro-batches: four chunks, so that dW needs no sum in fp32; more tokens, small chunks."""
+    V, most = 128_256, llama.CHUNK_NUMBERS
+    for tokens, parts, larger in ((4 * 8192, 4, 4), (2 * 8192, 4, 2), (8192, 4, 1), (100, 1, 1)):
+        chunks = llama._chunks(tokens, V, llama.LARGER)
+        assert len(chunks) == parts and chunks[-1][1] == tokens
+        assert max(b - a for a, b in chunks) * V <= larger * most
+    chunks = llama._chunks(5 * 8192, V, llama.LARGER)
+    assert len(chunks) > llama.FEW and max(b - a for a, b in chunks) * V <= most
+    assert len(llama._chunks(4 * 8192, V)) == 16  # of log-probabilities
 
 
 def check_no_tokens(device="cpu"):
@@ -488,7 +503,7 @@ def test_nll_kernel_without_tokens(run):
 
 
 def check_logits_never_exist(device="cpu"):
-    N, C, V, chunk = 320, 8, 1000, 64 * 1000
+    N, C, V, chunk = 1088, 8, 1000, 64 * 1000  # more than FEW * LARGER chunks
     h = guarded(N, C, device=device).requires_grad_()
     weight = guarded(V, C, device=device).requires_grad_()
     targets = torch.zeros(1, N, dtype=torch.int64, device=device)
@@ -595,7 +610,6 @@ def test_llama_with_kernels_without_gradients(run):
 
 def small_llama_on_ranks(dtype, world=None) -> Llama:
     """In bf16 with activations computed again in the backward, as for large models; sharded over ranks."""
-    import midtrain
 
     model = midtrain.add_options(small_llama(), compile=False, checkpointing=dtype == BF16)
     return midtrain.apply_fsdp(model, world or midtrain.World(), dtype)
@@ -605,7 +619,6 @@ def fsdp_rank(rank: int, path: str) -> None:
     """One of two ranks: the small Llama in FSDP2 shards, a row of the batch; writes gathered gradients."""
     import torch.distributed as dist
 
-    import midtrain
 
     prepare()
     dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
@@ -697,6 +710,67 @@ def test_kernels_compile_in_one_graph(chunks, compiling):
     """
     graphs = compiling(check_compile, 61 * 64 if chunks == 2 else 1 << 28)
     assert graphs == [[7 + chunks, 0], [10, 0], None, [7 + 2 * chunks, 0], [9, 0], None]
+
+
+class NoKernel:
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+class Live(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of all tensors that exist now, and at most; also those inside the registered operators."""
+
+    now = peak = 0
+
+    def __init__(self):
+        super().__init__()
+        names = ("rms_norm", "rms_norm_grad", "attention", "attention_grad", "linear_nll_sum")
+        ops = (getattr(llama, "_" + name) for name in names)
+        self.inside, self.alive = {op._qualname: op._init_fn for op in ops}, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if inside := self.inside.get(func._schema.name):
+            with self:
+                return inside(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            memory = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if memory is not None and memory._cdata not in self.alive:
+                weakref.finalize(memory, self.end, memory._cdata, memory.nbytes())
+                self.alive.add(memory._cdata)
+                self.now += memory.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def end(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def check_plan(preset, micro_batch, again, accumulated):
+    """Bytes of a step of the real shape, with empty tensors and kernels that do nothing, and planned."""
+    from torch._subclasses import FakeTensorMode
+
+    config, args = llama.PRESETS[preset], SimpleNamespace(replicate=1, activation_checkpointing=False)
+    args.micro_batch, args.batch, args.seq_len = micro_batch, micro_batch * (1 + accumulated), 8192
+    no_kernels = mock.patch.object(llama, "_wrap", lambda kernel: NoKernel())
+    with no_kernels, FakeTensorMode(), Live() as live:
+        model = midtrain.add_options(Llama(config), compile=False, checkpointing=again)
+        model.compute_dtype, weights = BF16, live.now
+        tokens = torch.zeros(micro_batch, 8192, dtype=torch.int64)
+        for _ in range(1 + accumulated):
+            live.peak = live.now
+            model(tokens, tokens, tokens, reduction="sum")[0].backward()
+    return live.peak + 2 * weights, midtrain.memory_plan(config, args, "bf16", 1, again)["peak"]
+
+
+@pytest.mark.parametrize(
+    "preset, micro_batch, again, accumulated",
+    [("1b", 4, 0, True), ("1b", 4, 16, False), ("1b", 4, 10, True)],
+)
+def test_a_step_takes_the_memory_that_is_planned(preset, micro_batch, again, accumulated, compiling):
+    needed, planned = compiling(check_plan, preset, micro_batch, again, accumulated)
+    assert 0.99 * needed < planned < 1.05 * needed, (needed / 2**30, planned / 2**30)
 
 
 def check_opcheck():
