@@ -28,13 +28,17 @@ The metrics, one row per step in metrics.jsonl (the line that is printed shows t
     val_loss, bits_per_byte, and both with /SOURCE     on held-out text, weighted like the mixture, every
                        --eval-every steps and at the end; bits per byte do not depend on the tokenizer
     share/, epochs/    in the last row, by source: its share of the sequences; how often it was gone through
+    document_length    of the document that a token is in, on average over the step's tokens
     tokens_per_s, mfu  over the step's own time, without evaluation, checkpoints and the first step; model
-                       FLOPs over the peak of a known GPU
+                       FLOPs over the peak of a known GPU, counted as if each sequence were one document
+    mfu_documents      the same with the attention that the documents ask for: less, the shorter they are
 """
 
 import argparse
+import bisect
 import contextlib
 import ctypes
+import glob
 import json
 import math
 import os
@@ -62,6 +66,7 @@ from data import files, prepare, recipes, shards, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
 from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, pick_device, read_generation
+from model import loss_memory as memory_of_loss
 
 # ---- The recipe --------------------------------------------------------------------------------------------
 
@@ -178,7 +183,9 @@ def train_step(model, optimizer, batch: Batch, names: tuple, micro_batch: int, w
     """One update on this rank's rows of the batch → loss, gradient norm before clipping, loss of each source.
     If one of the first two is not finite the weights stay as they are, and the row says "skipped". {}: a
     signal came, stop() said so on every rank before the last micro-batch, and nothing has changed."""
-    count = all_sum((batch.targets >= 0).sum().to(world.device), world)  # of all ranks and micro-batches
+    length = torch.arange(batch.tokens.shape[1]) - batch.doc_start + 1  # of a document, up to each token
+    both = torch.stack(((batch.targets >= 0).sum(), (2 * length - 1).sum(), torch.tensor(length.numel())))
+    count, squares, tokens = all_sum(both.to(world.device), world)  # of all ranks and micro-batches
     sums = torch.zeros(len(names), 2, dtype=world.wide, device=world.device)
     # FSDP2 averages gradients over the ranks; their sum is wanted
     if not add_losses(sums, model, batch, micro_batch, world.size / count, stop):
@@ -187,7 +194,7 @@ def train_step(model, optimizer, batch: Batch, names: tuple, micro_batch: int, w
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     norm = (norm.full_tensor() if world.size > 1 else norm).item()
     loss = (all_sum(sums, world)[:, 0].sum() / count).item()
-    row = {"loss": loss, "grad_norm": norm}
+    row = {"loss": loss, "grad_norm": norm, "document_length": (squares / tokens).item()}
     if math.isfinite(loss + norm):  # sums over all ranks, so all agree
         optimizer.step()
     else:
@@ -265,8 +272,8 @@ def run_stage(stage: str, args, world: World) -> None:
     if start >= settings.steps and not late:
         return files.print0(f"[{stage}] is finished: {saved}")
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, args.seed + RECIPE[stage].data_seed)
-    check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
-    model, optimizer = build_model(settings, saved or source, data_dir, args, world)
+    again = check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
+    model, optimizer = build_model(settings, saved or source, data_dir, args, world, again)
     tok, at = tokenizer.load(data_dir), start  # at: the step that was saved last
     evaluate = partial(validate, model, loader, settings.mixture, args.micro_batch, world, token_bytes(tok))
     log = MetricsLog(stage_dir, start, args.tensorboard, evaluate(lambda: 0) if late else {})
@@ -274,7 +281,8 @@ def run_stage(stage: str, args, world: World) -> None:
     begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
     begin += f" ({source})" if source not in (None, settings.starts_from) else ""
     work = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps of {args.batch} x"
-    where = f"{settings.dtype} on {world.size} x {world.device.type}"
+    where = f"{settings.dtype} on {world.size} x {world.device.type}{', compiled' if args.compile else ''}"
+    where += f", {again} of {model.config.num_layers} blocks computed twice" if again else ""
     files.print0(f"[{stage}] {begin}: {work} {args.seq_len} tokens, {where}")
     files.print0(f"[{stage}] epochs by the end: {in_words(loader.epochs(settings.steps), '.2g')}")
 
@@ -300,7 +308,10 @@ def run_stage(stage: str, args, world: World) -> None:
             if last:
                 row |= {f"share/{name}": n / (step * args.batch) for name, n in loader.seen(step).items()}
                 row |= {f"epochs/{name}": n for name, n in loader.epochs(step).items()}
-            log.write(row | speed.row())
+            row |= speed.row(row["document_length"])
+            log.write(row)
+            if args.compile and speed.steps == 1 and speed.first > speed.total:
+                files.print0(f"[{stage}] compiling took {speed.first - speed.total:.0f} s of the first step")
             skips = count_skips(row, skips, stage)
             if last or signum or step == start + 1 or step % args.log_every == 0:
                 files.print0(log_line(row, settings, speed))
@@ -468,7 +479,7 @@ def model_shape(args, found: dict | None, vocab_size: int, from_init: bool) -> L
     return found
 
 
-def build_model(settings: Settings, source: str | None, data_dir: str, args, world: World):
+def build_model(settings: Settings, source: str | None, data_dir: str, args, world: World, again=0):
     """(model, optimizer): from the checkpoint `source`, the stage's own or one below it, from --init, or
     random. ValueError if `source` has another tokenizer than the data."""
     config, from_init = LlamaConfig(**settings.model), source is not None and source == args.init
@@ -478,7 +489,7 @@ def build_model(settings: Settings, source: str | None, data_dir: str, args, wor
     if words and not tokenizer.load(words).agrees(tokenizer.load(data_dir)):
         how = f"prepare the data again with --tokenizer {words}"
         raise ValueError(f"{data_dir} was prepared with another tokenizer than {source}'s: {how}")
-    model = empty_model(config, args, settings.dtype, world, args.replicate)
+    model = empty_model(config, args, settings.dtype, world, args.replicate, again=again)
     if from_init:
         load_pretrained(model, source)
     elif not source:
@@ -489,11 +500,12 @@ def build_model(settings: Settings, source: str | None, data_dir: str, args, wor
     return model, optimizer
 
 
-def empty_model(config: LlamaConfig, args, dtype: str, world: World, replicas=1, dynamic=None) -> Llama:
+def empty_model(config: LlamaConfig, args, dtype: str, world, replicas=1, dynamic=None, again=None) -> Llama:
     """A sharded model whose weights are still to be set: no rank holds a whole one, not even for a moment."""
+    again = args.activation_checkpointing if again is None else again
     with torch.device("meta"):
         model = Llama(config)
-    model = add_options(model, args.compile, args.activation_checkpointing, dynamic)
+    model = add_options(model, args.compile, again, dynamic)
     model = apply_fsdp(model, world, DTYPES[dtype], replicas).to_empty(device=world.device)
     model.init_rope()
     return model
@@ -682,13 +694,14 @@ def apply_fsdp(model: Llama, world: World, dtype: torch.dtype, replicas: int = 1
     return fully_shard(model, mesh=mesh, mp_policy=policy)  # the root group: embedding, output, last norm
 
 
-def add_options(model: Llama, compile: bool, checkpointing: bool, dynamic: bool | None = None) -> Llama:
+def add_options(model: Llama, compile: bool, checkpointing: bool | int, dynamic=None) -> Llama:
     """Per block, before sharding: compile (dynamic: for batches of all shapes); recompute activations in the
-    backward pass."""
-    for block in model.blocks:
+    backward pass, those of the first `checkpointing` blocks (True: of all), which it comes to last."""
+    again = len(model.blocks) if checkpointing is True else checkpointing
+    for i, block in enumerate(model.blocks):
         if compile:
             block.forward = torch.compile(block.forward, dynamic=dynamic)
-        if checkpointing:  # around what is compiled: the other way round nothing would be (torch 2.13)
+        if i < again:  # around what is compiled: the other way round nothing would be (torch 2.13)
             block.forward = partial(recompute, block.forward, use_reentrant=False)
     return model
 
@@ -737,6 +750,7 @@ def save_checkpoint(
         on_rank0(lambda: (shutil.rmtree(aside, ignore_errors=True), os.makedirs(aside)))
         weights, moments = states.get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=os.path.join(aside, "state"))
+        hash_state(aside)
         whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # gathered on rank 0
         small = model.config.num_params() <= WHOLE
         full = states.get_model_state_dict(model, options=whole) if small else {}
@@ -749,6 +763,19 @@ def save_checkpoint(
         what = f"{final} could not be written ({reason}; {free} MiB free)"
         raise OSError(f"{what}; those before it are intact") from None
     return final
+
+
+def hash_state(checkpoint: str) -> None:
+    """Tell rank 0 the checksums of a checkpoint's state/ (files.KNOWN). Called by every rank: each reads what
+    it wrote or will load, at once. What cannot be read is left to rank 0, which reports it."""
+    found, (rank, size) = {}, (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for path in glob.glob(os.path.join(glob.escape(checkpoint), "state", "__*_*.distcp")):
+        with contextlib.suppress(OSError):
+            if size > 1 and int(os.path.basename(path).split("_")[2]) % size == rank:
+                found[path, os.stat(path).st_mtime_ns] = files.file_hash(path)
+    if size > 1:
+        dist.all_gather_object(parts := [{}] * size, found)
+        files.KNOWN.update(item for part in parts for item in part.items())
 
 
 def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, keep_every) -> None:
@@ -889,13 +916,13 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+def flops_per_token(config: LlamaConfig, length: float) -> float:
     """Forward and backward: 6 per weight that multiplies (Kaplan et al. 2020; the input embedding does not),
-    and causal attention's two products, 6 x layers x width x seq_len. Counted as if a sequence were one
-    document."""
+    and causal attention's two products, 6 x layers x width x length: of a sequence, as if it were one
+    document, or of the documents, on average over the tokens (a document of n tokens has n^2 / 2 pairs)."""
     head = config.vocab_size * config.hidden_size
     weights = config.num_params() - (0 if config.tie_embeddings else head)
-    return 6 * weights + 6 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    return 6 * weights + 6 * config.num_layers * config.num_heads * config.head_dim * length
 
 
 class Speed:
@@ -903,24 +930,27 @@ class Speed:
 
     def __init__(self, settings: Settings, world: World):
         self.batch_tokens, self.total, self.steps = settings.batch * settings.seq_len, 0.0, -1
+        self.first, self.config, self.seq_len = 0.0, LlamaConfig(**settings.model), settings.seq_len
         self.rate = None  # tokens per second of the last step
         self.begun, self.device = time.perf_counter(), world.device
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
         self.peak = PEAK_FLOPS.get(name, 0.0) * world.size if settings.dtype == "bf16" else 0.0
-        self.flops = flops_per_token(LlamaConfig(**settings.model), settings.seq_len)
 
     def __enter__(self):
         self.start = time.perf_counter()
 
     def __exit__(self, *error):
         seconds = time.perf_counter() - self.start  # the step has read its loss, so a GPU has finished too
-        self.steps += 1
+        self.steps, self.first = self.steps + 1, self.first or seconds
         if self.steps:
             self.total, self.rate = self.total + seconds, self.batch_tokens / seconds
 
-    def row(self) -> dict:
-        mfu = {"mfu": self.rate * self.flops / self.peak} if self.rate and self.peak else {}
-        return {"tokens_per_s": self.rate} | mfu
+    def row(self, document_length: float) -> dict:
+        row = {"tokens_per_s": self.rate}
+        if self.rate and self.peak:
+            for key, length in (("mfu", self.seq_len), ("mfu_documents", document_length)):
+                row[key] = self.rate * flops_per_token(self.config, length) / self.peak
+        return row
 
 
 def log_line(row: dict, settings: Settings, speed: Speed) -> str:
@@ -929,7 +959,7 @@ def log_line(row: dict, settings: Settings, speed: Speed) -> str:
     text += f"  lr {row['lr']:.2e}  grad {row['grad_norm']:7.3f}"
     if speed.rate:
         text += f"  {speed.rate:9,.0f} tok/s  eta {duration((steps - step) * speed.total / speed.steps)}"
-        text += f"  mfu {speed.row()['mfu']:.1%}" if speed.peak else ""
+        text += f"  mfu {row['mfu']:.1%} ({row['mfu_documents']:.1%} of documents)" if "mfu" in row else ""
     text += f"  {duration(time.perf_counter() - speed.begun)}  {peak_memory(speed.device) / 2**30:.1f} GiB"
     if "val_loss" in row:
         text += f"  val {row['val_loss']:.4f}, {row['bits_per_byte']:.4f} bits/byte"
@@ -961,12 +991,15 @@ def duration(seconds: float) -> str:
 # ---- The plan: size, time and memory on GPUs ---------------------------------------------------------------
 
 PLAN_MFU, PLAN_DEVICE, PLAN_MEMORY = 0.4, "NVIDIA H200", 139 << 30  # what --plan counts on
+PLAN_ROOM = 0.94  # of a card's memory may be planned: CUDA, NCCL and gaps between tensors take some too
 
 
-def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int) -> dict[str, float]:
-    """Bytes on one GPU by part, and at the peak: at the end of a micro-batch's forward pass, when gradients
-    exist only if an earlier one left them, or in the last block of the backward pass, when nearly all of them
-    do."""
+def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, again: int | None = None) -> dict:
+    """Bytes on one GPU by part, and at the peak: in the loss, or in the first, middle or last block of the
+    backward pass. Gradients exist only as far as it has come, if no earlier micro-batch left them.
+    again: so many blocks are recomputed (None: what --recompute and --activation-checkpointing say)."""
+    again = fewest_blocks(config, args, dtype, ranks, math.inf) if again is None else again
+    kept = config.num_layers - again
     size, params, hidden = DTYPES[dtype].itemsize, config.num_params(), config.hidden_size
     block = replace(config, num_layers=2).num_params() - replace(config, num_layers=1).num_params()
     rest = params - config.num_layers * block  # the embedding, the output projection
@@ -979,32 +1012,46 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int) -> dict[str, 
     if ranks > 1:  # gathered: the rest and two blocks at a time, a block's gradients as they are summed
         gathered = size * (rest + 2 * block) + (size + 4) * block
     else:  # copies in bf16, which the backward pass needs again
-        gathered = size * (rest + block if args.activation_checkpointing else params) * (dtype == "bf16")
+        gathered = size * (rest + min(kept + 1, config.num_layers) * block) * (dtype == "bf16")
     parts = {
         "parameters": 4 * params * share, "gradients": 4 * params * share, "optimizer": 8 * params * share,
         "weights to compute with": gathered,
-        "activations": tokens * (4 + size) * hidden  # the last norm
-        + config.num_layers * (inputs if args.activation_checkpointing else layer),
-        "logits": min(4 * tokens * config.vocab_size, 512 << 20) + size * config.vocab_size * hidden,
+        "activations": tokens * (4 + size) * hidden + kept * layer + again * inputs,  # the last norm first
+        "logits": memory_of_loss(tokens, hidden, config.vocab_size, size),
     }
-    accumulated = parts["gradients"] if tokens * ranks < args.batch * args.seq_len else 0
-    forward_end = parts["activations"] + parts["logits"] + accumulated
+    grads, words = parts["gradients"], config.vocab_size * hidden
+    accumulated = grads if tokens * ranks < args.batch * args.seq_len else 0
     inside_mlp = tokens * 4 * size * config.intermediate_size  # gradients of its four activations
-    kept = parts["activations"] if args.activation_checkpointing else 0
-    backward_end = layer + inside_mlp + max(parts["gradients"], kept)
-    always = parts["parameters"] + parts["optimizer"] + gathered
-    return parts | {"peak": always + max(forward_end, backward_end)}
+    begin = max(parts["logits"] + accumulated, inside_mlp + accumulated, inside_mlp + 4 * share * words)
+    later = max(grads, again * inputs + max(accumulated, grads * kept / config.num_layers))
+    peak = max(parts["activations"] + begin, layer + inside_mlp + later)
+    return parts | {"peak": parts["parameters"] + parts["optimizer"] + gathered + peak}
 
 
-def check_memory(config: LlamaConfig, args, dtype: str, world: World, flag="--micro-batch") -> None:
-    """ValueError if a GPU does not have free what the plan says that a rank needs."""
-    if world.device.type != "cuda":
-        return
-    free, plan = torch.cuda.mem_get_info(world.device)[0], memory_plan(config, args, dtype, world.size)
-    if plan["peak"] > free:
+def fewest_blocks(config: LlamaConfig, args, dtype: str, ranks: int, memory: float) -> int:
+    """How many blocks to recompute: what the flags say, else as few as leave PLAN_ROOM of `memory` bytes, of
+    all that a card has: what is free at the moment would change results from one start to the next."""
+    named = config.num_layers if args.activation_checkpointing else getattr(args, "recompute", 0)
+    if named is not None:
+        return min(named, config.num_layers)
+    fits = lambda n: memory_plan(config, args, dtype, ranks, n)["peak"] <= PLAN_ROOM * memory  # noqa: E731
+    return bisect.bisect_left(range(config.num_layers), True, key=fits)
+
+
+def check_memory(config: LlamaConfig, args, dtype: str, world: World, flag="--micro-batch") -> int:
+    """→ fewest_blocks(), the same on every rank, all of which call it. ValueError if a GPU does not have free
+    what the plan says that a rank needs."""
+    if cuda := world.device.type == "cuda":
+        memory = torch.tensor(torch.cuda.mem_get_info(world.device))
+        if world.size > 1:
+            dist.all_reduce(memory, dist.ReduceOp.MIN)
+    free, total = memory.tolist() if cuda else (math.inf, math.inf)
+    again = fewest_blocks(config, args, dtype, world.size, total)
+    if cuda and (plan := memory_plan(config, args, dtype, world.size, again))["peak"] > free:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items() if name != "peak")
         needs = f"a rank needs about {plan['peak'] / 2**30:.1f} GiB and has {free / 2**30:.1f} ({parts})"
         raise ValueError(f"{needs}: use a smaller {flag}, --activation-checkpointing, or more ranks")
+    return again
 
 
 def planned_epochs(args, steps: int) -> str:
@@ -1032,21 +1079,23 @@ def show_plan(args) -> None:
     for gpus in sorted({1, 8, 64, int(os.environ.get("WORLD_SIZE", "1"))}):
         if args.batch % gpus or gpus % args.replicate:
             continue
-        parts = memory_plan(config, args, dtype, gpus)
-        hours = flops / (PLAN_MFU * PEAK_FLOPS[PLAN_DEVICE] * gpus) / 3600
-        rows.append([f"{gpus}", *(f"{size / 2**30:.1f}" for size in parts.values())])
+        again = fewest_blocks(config, args, dtype, gpus, PLAN_MEMORY)
+        parts = memory_plan(config, args, dtype, gpus, again)
+        twice = 1 + again / config.num_layers / 3  # a third of a block's work is its forward pass
+        hours = twice * flops / (PLAN_MFU * PEAK_FLOPS[PLAN_DEVICE] * gpus) / 3600
+        rows.append([f"{gpus}", f"{again}", *(f"{size / 2**30:.1f}" for size in parts.values())])
         rows[-1] += [f"{hours * 3600 / steps:.2f}", f"{hours:,.1f}", f"{hours * gpus:,.1f}"]
         rows[-1].append("" if parts["peak"] < PLAN_MEMORY else "does not fit")
     if not rows:
         raise ValueError(f"--batch {args.batch}, --replicate {args.replicate} fit none of 1, 8 and 64 GPUs")
-    table = [["GPUs", *parts, "s per step", "hours", "GPU-hours", ""], *rows]
+    table = [["GPUs", "blocks recomputed", *parts, "s per step", "hours", "GPU-hours", ""], *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     print("\n".join(" | ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table))
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-# Numbers, all above 0: name → (type, default, help). "preset": the preset's value.
+# Numbers, all above 0 (recompute: from 0 on): name → (type, default, help). "preset": the preset's value.
 FLAGS = {
     "steps": (int, None, "steps of the stage that --branch names (default: the preset's)"),
     "lr": (float, None, "highest learning rate of the stage that --branch names (default: the preset's)"),
@@ -1054,6 +1103,7 @@ FLAGS = {
     "micro_batch": (int, "preset", "sequences that a rank computes at once; fewer need less memory"),
     "seq_len": (int, "preset", "tokens per sequence; the data must be packed for it"),
     "replicate": (int, 1, "whole copies of the model, one per node for example (HSDP; default 1)"),
+    "recompute": (int, None, "blocks computed twice, to save memory (default: as few as by the plan fit)"),
     "threads": (int, None, "CPU threads per process; equal results need an equal number"),
     "save_every": (int, "preset", "steps between checkpoints"),
     "keep_every": (int, None, "keep the checkpoint of every Nth step, beside the last two"),
@@ -1093,8 +1143,9 @@ def parse_args():
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the activations")
     for name, (kind, _, text) in FLAGS.items():
         add("--" + name.replace("_", "-"), type=kind, metavar="N", help=text)
-    add("--compile", action="store_true", help="torch.compile each block: faster on GPUs")
-    add("--activation-checkpointing", action="store_true", help="recompute them: less memory")
+    how = "torch.compile each block (default: on a GPU; the first step takes a minute longer)"
+    add("--compile", action=argparse.BooleanOptionalAction, help=how)
+    add("--activation-checkpointing", action="store_true", help="--recompute for all blocks")
     add("--tensorboard", action="store_true", help="metrics to TensorBoard too, if it is installed")
     add("--plan", action="store_true", help="print size, cost and GPU memory of the stage")
     add("--export", metavar="DIR", help="write --from, or --branch, for other programs (bf16, or --dtype)")
@@ -1107,7 +1158,7 @@ def parse_args():
         value = getattr(args, name)
         if value is None:
             setattr(args, name, run[name] if default == "preset" else default)
-        elif not value > 0:
+        elif not value > 0 and not (name == "recompute" and value == 0):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     args.init, args.start = (path and os.path.realpath(path) for path in (args.init, args.start))
     if args.init and os.path.isdir(os.path.join(args.init, "checkpoints")):
@@ -1128,6 +1179,10 @@ def main() -> None:
             source, dtype = args.start or f"{args.out}/{args.branch}", DTYPES.get(args.dtype, torch.bfloat16)
             return export(source, args.export, dtype)
         world = setup(args.threads)
+        if args.compile is None:
+            args.compile = world.device.type == "cuda" and fastest_dtype(world.device) == "bf16"
+        for newest in on_rank0(lambda: files.checkpoints(os.path.join(args.out, args.branch))[:1]):
+            hash_state(newest)
         for stage in on_rank0(lambda: stages_to_run(args)):
             with lock_for_all(os.path.join(args.out, stage)):
                 run_stage(stage, args, world)

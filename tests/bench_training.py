@@ -38,7 +38,7 @@ def ours(model: Llama, dtype: torch.dtype):
     optimizer = midtrain.make_optimizer(model, LR)
 
     def step(batch: Batch) -> float:
-        row = midtrain.train_step(model, optimizer, batch, ("web",), len(batch.tokens), midtrain.World())
+        row = midtrain.train_step(model, optimizer, batch, ("web",), len(batch.tokens), midtrain.World(), int)
         return row["loss"]
 
     return step
