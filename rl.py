@@ -44,7 +44,8 @@ The metrics, one row per step in metrics.jsonl:
                          learning rate; gradient norm before clipping at 1.0; updates left out because it was
                          not finite; response tokens that got a forward pass
     time_*, share_rollout, *_tokens_per_s        seconds and speed of rollout, update and evaluation
-    eval_*               the same on eval_n held-out problems, greedy, with the template and cap of training
+    eval_*               the same on eval_n held-out problems, greedy, with the template and cap of training;
+                         eval_accuracy/LEVEL on those of a level (generated ones: number of operations)
 """
 
 import contextlib
@@ -598,7 +599,15 @@ def evaluate(sampler, held_out: list[dict], step: int, name: str, args, world, s
     files.print0(f"[{name}] step {step}/{args.steps} held-out: {correct} {more}")
     row = {"eval_n": len(problems), "steps": args.steps, "time_eval": time.perf_counter() - start}
     kept = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
-    return row | {"eval_" + key: m[key] for key in kept}
+    return row | {"eval_" + key: m[key] for key in kept} | by_level(samples, problems, world)
+
+
+def by_level(samples: list[Sample], problems: list[dict], world: World) -> dict[str, float]:
+    """The accuracy on the problems of each level, if these have levels; one sample to a problem."""
+    of = [str(problem.get("level") or "") for problem in problems]
+    levels = sorted({level for level in of if level})
+    right = over_ranks([sum(s.correct for s in samples if of[s.group] == x) for x in levels], world)
+    return {f"eval_accuracy/{x}": n / of.count(x) for x, n in zip(levels, right, strict=True)}
 
 
 def line(m: dict) -> str:

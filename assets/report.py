@@ -99,6 +99,7 @@ def rl_rows(runs: dict[str, list[dict]]) -> list[dict]:
             low, high = verify.wilson(round(e["eval_accuracy"] * e["eval_n"]), e["eval_n"])
             row |= {when: e["eval_accuracy"], when + "_low": low, when + "_high": high}
             row["length_" + when] = e["eval_length"]
+            row |= {f"{when}/{k[14:]}": x for k, x in e.items() if k.startswith("eval_accuracy/")}
         table.append(row | {"difference": row["after"] - row["before"]})
     return table
 
@@ -113,7 +114,22 @@ def rl_table(table: list[dict]) -> str:
         points = f"{100 * t['difference']:+.1f} points"
         lines.append(f"| {t['start']} | {before} | {after} | {points} | {lengths} | {t['steps']} |")
     said = f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals"
-    return "\n".join([*lines, "", f"{said}; mean lengths in tokens."])
+    return "\n".join([*lines, "", f"{said}; mean lengths in tokens.", *level_lines([table])])
+
+
+def level_lines(tables: list[list[dict]]) -> list[str]:
+    """Lines of a table of accuracy by level, mean over the folders; none if the problems have no levels."""
+    common = set.intersection(*(set(row) for table in tables for row in table))
+    levels = sorted(key[6:] for key in common if key.startswith("after/"))
+    if not levels:
+        return []
+    lines = ["", "| start, before → after, by level | " + " | ".join(levels) + " |"]
+    lines.append("|---" * (1 + len(levels)) + "|")
+    for rows in zip(*tables, strict=True):
+        mean = {key: 100 * sum(row[key] for row in rows) / len(rows) for key in common if "/" in key}
+        cells = (f"{mean[f'before/{x}']:.0f} → {mean[f'after/{x}']:.0f} %" for x in levels)
+        lines.append(f"| {rows[0]['start']} | {' | '.join(cells)} |")
+    return lines
 
 
 def seeds_table(outs: list[str], tables: list[list[dict]]) -> str:
@@ -123,14 +139,15 @@ def seeds_table(outs: list[str], tables: list[list[dict]]) -> str:
     if len({tuple(row["start"] for row in table) for table in tables}) > 1:
         raise ValueError(f"{', '.join(outs)} do not hold runs from the same starting points")
     for rows in zip(*tables, strict=True):
-        mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "start"}
+        keys = ("before", "after", "difference", "length_before", "length_after")
+        mean = {key: sum(row[key] for row in rows) / len(rows) for key in keys}
         each = ", ".join(f"{100 * row['difference']:+.1f}" for row in rows)
         ends = {key: [row[key] for row in rows] for key in ("before", "after")}
         before, after = (f"{mean[k]:.1%} ({min(x):.1%} to {max(x):.1%})" for k, x in ends.items())
         lengths = f"{mean['length_before']:.0f} | {mean['length_after']:.0f}"
         points = f"{100 * mean['difference']:+.1f} points"
         lines.append(f"| {rows[0]['start']} | {before} | {after} | {points} | {each} | {lengths} |")
-    return "\n".join(lines)
+    return "\n".join(lines + level_lines(tables))
 
 
 def plot_rl(runs: dict[str, list[dict]], path: str) -> None:

@@ -186,10 +186,12 @@ def _start_worker(folder: Path, problems: list[str]) -> None:
 # ---- A folder of shards ------------------------------------------------------------------------------------
 
 
-def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, problems=(), workers=1) -> dict:
+def prepare(
+    out, sources: dict[str, Source], vocab, seq_len: int, settings, problems=(), workers=1, vocab_from=None
+) -> dict:
     """Write a folder of shards unless it is there already; returns its index. vocab: a Tokenizer, or the size
-    of one to train. settings: all that decides the contents, JSON-able; a folder with others is refused,
-    naming the keys. problems: texts that no document may contain."""
+    of one to train, on the sources or on vocab_from. settings: all that decides the contents, JSON-able; a
+    folder with others is refused, naming the keys. problems: texts that no document may contain."""
     out, settings = Path(out), settings | {"seq_len": seq_len}
     if (index := read_index(out)) is not None:
         files.check_same_settings(out, index["settings"], settings)
@@ -200,7 +202,7 @@ def prepare(out, sources: dict[str, Source], vocab, seq_len: int, settings, prob
             check_two_documents(name, source)
     with files.run_lock(out):
         if not unfinished.exists():
-            tok = train_tokenizer(sources, vocab) if isinstance(vocab, int) else vocab
+            tok = train_tokenizer(vocab_from or sources, vocab) if isinstance(vocab, int) else vocab
             if found := tokenizer.find(out):
                 os.unlink(found)
             tok.save(out / tokenizer.FILE_NAME)
@@ -257,11 +259,14 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
         train, val = (synth.documents(name, seed, split) for split in ("train", "val"))
         return (next(train if number % 20 else val) for number in itertools.count())
 
-    kinds, sources = recipes.KINDS["tiny"], {}
-    for name, tokens in tokens_per_source.items():
-        sources[name] = Source(kinds[name], partial(read, name), tokens, val_every=20, unique=False)
+    def source(name: str) -> Source:
+        tokens = tokens_per_source.get(name)
+        return Source(recipes.KINDS["tiny"][name], partial(read, name), tokens, val_every=20, unique=False)
+
     settings = {"corpus": "tiny", "vocab_size": vocab_size, "tokens": tokens_per_source, "seed": seed}
-    return prepare(out, sources, vocab_size, seq_len, settings)
+    every = {name: source(name) for name in synth.SOURCES}  # the same vocabulary whatever is mixed
+    sources = {name: every[name] for name in tokens_per_source}
+    return prepare(out, sources, vocab_size, seq_len, settings, vocab_from=every)
 
 
 # ---- Rows of files and of the hub --------------------------------------------------------------------------

@@ -83,7 +83,7 @@ TINY = {
     "stable": {"web": 0.85, "general": 0.10, "short_cot": 0.05},
     "long": {"web": 0.55, "general": 0.05, "instruct": 0.1, "long_cot": 0.3},
     "short": {"web": 0.55, "general": 0.05, "instruct": 0.1, "short_cot": 0.3},
-    "hybrid": {"web": 0.55, "general": 0.05, "instruct": 0.1, "long_cot": 0.1, "short_cot": 0.2},
+    "hybrid": {"web": 0.55, "general": 0.05, "instruct": 0.1, "long_cot": 0.15, "short_cot": 0.15},
 }
 
 # ------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,20 @@ split by hash into train, val and test, and all text of a split is made of its o
 problem is new by construction, not only in its words: a model that memorised templates fails on it.
 
 Sources, and what each stands for in the paper's recipe:
-    general    much talk and little mathematics; answers are stated without steps (Llama's pre-training)
-    web        lessons and worked examples in prose, arithmetic drill (MegaMath-Web-Pro-Max)
+    general    long pages of talk with little mathematics; a question gets a bare answer, and the page goes on
+               (Llama's pre-training)
+    web        arithmetic drill, lessons that go through a story sentence by sentence, a few exercises, a
+               forum's bare answers (MegaMath-Web-Pro-Max)
     noisy      the same with menus, broken lines and wrong results (an unrefined web corpus)
-    short_cot  problem, the steps, \\boxed{answer} (OpenMathInstruct, NuminaMath)
-    long_cot   problem, <think> explore, slip, notice, correct, check </think>, answer (R1-style distillation)
+    short_cot  problem, one equation a person, \\boxed{answer} (OpenMathInstruct, NuminaMath)
+    long_cot   problem, <think> each sentence again, and what it asks for worked out in pieces; slips noticed
+               and mended, some steps checked </think>, answer (R1-style distillation)
     instruct   User / Assistant turns (Tulu 3, WildChat, UltraChat)
+
+The world is made so that one can ask whether long chains pay. A small model learns one operation by heart,
+but hardly two of which the second needs the first's result. A short chain writes all that happens to a person
+as one equation (Ben has 47+38-12=73.) and needs just that wherever a count changes twice; a long one never
+does. Where nothing changes twice, which is so in all problems of level 1, the short one is as good.
 
     python -m data.synth --source long_cot -n 3      # prints documents
     python -m data.synth --problems test -n 5        # prints problems
@@ -22,15 +30,18 @@ import random
 import zlib
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import NamedTuple
 
+from data import prompts
 from data.files import ArgumentParser, run_cli
 
 SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct")
 SPLITS = ("train", "val", "test")
-MAX_LEVEL = 5  # arithmetic steps in a problem
-MAX_COUNT = 40  # nobody ever has more
+MAX_LEVEL = 4  # operations in a problem
+MAX_COUNT = 99  # nobody ever has more
+SAME = 0.4  # share of the operations that change the person before, and not tell of a newcomer
+ASIDES = (0.5, 0.35, 0.15)  # shares of stories with 0, 1, 2 people whose counts no other depends on
 
 NAMES = """Anna Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Umar
     Vera Will Yara Zoe""".split()
@@ -39,55 +50,44 @@ THINGS = """apples books cards coins cups eggs flags hats keys kites lemons maps
 PLACES = [f"the {x}" for x in "garden,market,school,river,old mill,harbour,library,hill".split(",")]
 
 # ------------------------------------------------------------------------------------------------------------
-# Relations. {A} is somebody already in the story, {B} the one who is introduced or changed, {C} a third; {n}
-# and {m} are numbers, {t} things.
+# Relations. {A} is whom the story is at, {B} the newcomer, or A again; {n} is a number, {t} things.
 
 WORDINGS = {
+    "have": ("{B} has {n} {t}.",),
     "more": ("{B} has {n} more {t} than {A}.", "{B} has {n} {t} more than {A} has."),
     "fewer": ("{B} has {n} fewer {t} than {A}.", "{B} has {n} {t} fewer than {A} has."),
     "times": ("{B} has {n} times as many {t} as {A}.", "For each of {A}'s {t}, {B} has {n}."),
     "half": ("{B} has half as many {t} as {A}.", "{A} has twice as many {t} as {B}."),
-    "both": ("{B} has as many {t} as {A} and {C} together.",),
     "gain": ("{B} buys {n} more {t}.", "Then {B} finds {n} {t}.", "{B} gets {n} {t} as a gift."),
     "lose": ("{B} loses {n} {t}.", "Then {B} sells {n} {t}.", "{B} gives {n} {t} to the school."),
-    "boxes": ("{B} buys {m} boxes of {n} {t} each.", "Then {B} gets {m} bags with {n} {t} in each."),
-    "give": ("{A} gives {n} {t} to {B}.", "{B} takes {n} of {A}'s {t}."),
 }
 QUESTIONS = {
     "count": ("How many {t} does {A} have?", "How many {t} does {A} have now?"),
     "total": ("How many {t} do {A} and {B} have together?", "What is the total of {A}'s and {B}'s {t}?"),
     "difference": ("How many more {t} does {A} have than {B}?", "By how many {t} is {A} ahead of {B}?"),
 }
-
-# What is known before a step, by relation and operation: a and b are its two numbers
-FACTS = {
-    ("more", "+"): "{B} has {b} more than {A}, {A} has {a}.", ("lose", "-"): "{B} has {a}, loses {b}.",
-    ("fewer", "-"): "{B} has {b} fewer than {A}, {A} has {a}.", ("gain", "+"): "{B} has {a}, gets {b}.",
-    ("times", "*"): "{B} has {b} times {A}, {A} has {a}.", ("half", "/"): "{B} has half of {A}, {A} has {a}.",
-    ("both", "+"): "{B} has {A} and {C}, {A} has {a}, {C} has {b}.",
-    ("boxes", "*"): "{B} gets {a} of {b}.", ("boxes", "+"): "{B} has {a}, gets {b}.",
-    ("give", "-"): "{B} has {a}, gives {b}.", ("give", "+"): "{B} has {a}, gets {b}.",
-    ("total", "+"): "{B} has {a}, {A} has {b}.", ("difference", "-"): "{B} has {a}, {A} has {b}.",
+OPERATIONS = {
+    "more": "+", "fewer": "-", "times": "*", "half": "/", "gain": "+", "lose": "-", "total": "+",
+    "difference": "-",
 }
 
 
 class Step(NamedTuple):
-    """One arithmetic step: `who` gets `a op b = result`. `why`: relation; `facts`: what is known before."""
+    """One operation, a op b = result. lead: whose count it is ("Ben has"), or "Together:", "Difference:"."""
 
-    who: str
+    lead: str
     a: int
     op: str  # + - * /
     b: int
     result: int
-    why: str
-    facts: str
+    why: str  # the relation, or the question
 
 
 class Problem(NamedTuple):
     """A story, its question, the steps that solve it, and its structure: relations and roles, no words."""
 
-    sentences: list[str]
-    steps: list[Step]
+    story: list[tuple[str, Step | None]]  # each sentence, and the operation that it asks for
+    final: Step | None  # the operation that the question asks for
     structure: str
     answer: int
     question: str
@@ -95,12 +95,29 @@ class Problem(NamedTuple):
     asked: str  # whose count is asked for
 
     @property
+    def sentences(self) -> list[str]:
+        return [sentence for sentence, _ in self.story]
+
+    @property
+    def steps(self) -> list[Step]:
+        return [step for _, step in [*self.story, ("", self.final)] if step]
+
+    @property
     def text(self) -> str:
-        return " ".join(self.sentences + [self.question])
+        return " ".join([*self.sentences, self.question])
 
 
 def compute(a: int, op: str, b: int) -> int:
-    return {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+    return a // b if op == "/" else {"+": a + b, "-": a - b, "*": a * b}[op]
+
+
+def operand(rng: random.Random, a: int, op: str) -> int | None:
+    """A number for b, so that a op b is in 1..MAX_COUNT; None if there is none of interest."""
+    if op == "/":
+        return 2 if a > 2 and a % 2 == 0 else None
+    most = {"+": MAX_COUNT - a, "-": a - 1, "*": min(4, MAX_COUNT // a)}[op]
+    most = min(most, 9 if rng.random() < 0.6 else 50)
+    return rng.randint(2, most) if most > 1 else None
 
 
 def split_of(structure: str) -> str:
@@ -113,64 +130,38 @@ class _Story:
     """A problem in the making: people in order of appearance and what each has."""
 
     def __init__(self, rng: random.Random):
-        self.rng, self.names, self.thing = rng, rng.sample(NAMES, 5), rng.choice(THINGS)
-        self.counts, self.sentences, self.steps, self.roles = [], [], [], []
-        self.touched = 0  # who changed last
+        self.rng, self.names, self.thing = rng, rng.sample(NAMES, 8), rng.choice(THINGS)
+        self.counts, self.story, self.roles = [], [], []
+        self.current = 0  # whom the story is at
+
+    def say(self, kind: str, who: int, n: int, step: Step | None = None) -> None:
+        names = {"A": self.names[self.current], "B": self.names[who]}
+        wording = self.rng.choice(WORDINGS[kind])
+        self.story.append((wording.format(n=n, t=self.thing, **names), step))
+        self.roles.append(f"{kind}{'' if kind == 'have' else self.current}{who}")
 
     def introduce(self) -> None:
         """A newcomer with a stated count."""
-        self.touched = len(self.counts)
-        self.counts.append(self.rng.randint(2, 12))
-        self.sentences.append(f"{self.names[self.touched]} has {self.counts[-1]} {self.thing}.")
-        self.roles.append(f"have{self.touched}")
+        self.counts.append(self.rng.randint(2, 60))
+        self.say("have", len(self.counts) - 1, self.counts[-1])
 
-    def step(self, who: int, a: int, op: str, b: int, why: str, other: int = 0, third: int = 0) -> int:
-        """Note that `who` gets a op b, of what `other` (and `third`) have; returns it."""
-        result = compute(a, op, b)
-        facts = FACTS[why, op].format(B=self.names[who], A=self.names[other], C=self.names[third], a=a, b=b)
-        self.steps.append(Step(self.names[who], a, op, b, result, why, facts))
-        return result
-
-    def relate(self, room: int) -> None:
-        """One more statement that costs at most `room` steps; none if what is drawn does not fit."""
-        rng, counts = self.rng, self.counts
-        kind = rng.choice(list(WORDINGS))
-        new = len(counts)
-        a = self.touched if rng.random() < 0.7 else rng.randrange(new)
-        n, m = rng.randint(1, 9), 0
-        if kind in ("times", "boxes"):
-            n, m = rng.randint(2, 4), rng.randint(2, 3)
-        b = new if kind in ("more", "fewer", "times", "half", "both") else a
-        c = next((x for x in range(new) if x != a), a)  # a third; a itself if there is nobody else
-        if kind == "give":
-            a, b = (a, c) if rng.random() < 0.5 else (c, a)
-        count, other = counts[a], counts[b if kind == "give" else c]
-        op = {"fewer": "-", "lose": "-", "times": "*", "half": "/"}.get(kind, "+")
-        number = {"half": 2, "both": other, "boxes": m * n}.get(kind, n)
-        result = compute(other if kind == "give" else count, op, number)
-        fits = {
-            "half": count % 2 == 0 and count > 2, "fewer": count > n, "lose": count > n, "both": new > 1,
-            "boxes": room >= 2, "give": room >= 2 and new > 1 and count > n,
-        }.get(kind, True)
-        if not fits or result > MAX_COUNT or b == new == 4:
-            return
-        if b == new:
-            counts.append(self.step(b, count, op, number, kind, a, c))
-        else:
-            if kind == "give":
-                counts[a] = self.step(a, count, "-", n, kind)
-            if kind == "boxes":
-                self.step(b, m, "*", n, kind)
-            counts[b] = self.step(b, counts[b], op, number, kind)
-        names = {"A": self.names[a], "B": self.names[b], "C": self.names[c]}
-        self.sentences.append(rng.choice(WORDINGS[kind]).format(t=self.thing, n=n, m=m, **names))
-        a, c = sorted((a, c)) if kind == "both" else (a, "")  # "A and C together" is "C and A together"
-        self.roles.append(f"{kind}{a}{b}{c}")
-        self.touched = b
+    def change(self) -> None:
+        """One operation: on the count of the current person, or to a newcomer's."""
+        n = None
+        while n is None:
+            same = self.rng.random() < SAME
+            kind = self.rng.choice(("gain", "lose") if same else ("more", "fewer", "times", "half"))
+            a, op = self.counts[self.current], OPERATIONS[kind]
+            n = operand(self.rng, a, op)
+        who = self.current if same else len(self.counts)
+        step = Step(f"{self.names[who]} has", a, op, n, compute(a, op, n), kind)
+        self.say(kind, who, n, step)
+        self.counts[who : who + 1] = [step.result]
+        self.current = who
 
 
 def make_problem(rng: random.Random, level: int, split: str) -> Problem:
-    """A problem of `level` arithmetic steps (1..MAX_LEVEL) whose structure belongs to `split`."""
+    """A problem of `level` operations (1..MAX_LEVEL) whose structure belongs to `split`."""
     while True:
         problem = _draw(rng, level)
         if problem is not None and split_of(problem.structure) == split:
@@ -179,36 +170,38 @@ def make_problem(rng: random.Random, level: int, split: str) -> Problem:
 
 def _draw(rng: random.Random, level: int) -> Problem | None:
     story = _Story(rng)
-    story.introduce()
-    if rng.random() < 0.3:
-        story.introduce()
-    kind = rng.choices(list(QUESTIONS), (0.6, 0.25, 0.15))[0]
-    extra = int(kind != "count")  # a question about two people is a step of its own
-    for _ in range(20):
-        if room := level - extra - len(story.steps):
-            story.relate(room)
-    counts, names, last = story.counts, story.names, story.touched
-    others = [x for x in range(len(counts)) if x != last]
-    if len(story.steps) != level - extra or (extra and not others):
+    kind = rng.choices(list(QUESTIONS), (0.8, 0.1, 0.1))[0]
+    two = int(kind != "count")  # a question about two people is an operation of its own
+    changes = level - two
+    asides = [rng.randrange(changes + 2) for _ in range(rng.choices((0, 1, 2), ASIDES)[0])]
+    for place in range(changes + 2):
+        for _ in range(asides.count(place)):
+            story.introduce()
+        if place == 0:
+            story.current = len(story.counts)
+            story.introduce()
+        elif place <= changes:
+            story.change()
+    counts, names, a = story.counts, story.names, story.current
+    others = [x for x in range(len(counts)) if x != a]
+    if two and not others:
         return None
-    other = rng.choice(others) if extra else last
-    if kind == "difference":
-        if counts[last] == counts[other]:
+    b, answer, final = rng.choice(others) if two else a, counts[a], None
+    structure = " ".join([*story.roles, f"{kind}{min(a, b)}{max(a, b)}"])
+    if two:
+        if kind == "difference":
+            a, b = sorted((a, b), key=lambda x: -counts[x])
+        op = OPERATIONS[kind]
+        answer = compute(counts[a], op, counts[b])
+        if not 0 < answer <= MAX_COUNT:
             return None
-        last, other = sorted((last, other), key=lambda x: -counts[x])
-    answer = counts[last]
-    if extra:
-        answer = story.step(last, answer, "+" if kind == "total" else "-", counts[other], kind, other)
-    question = rng.choice(QUESTIONS[kind]).format(A=names[last], B=names[other], t=story.thing)
-    structure = " ".join(story.roles + [f"{kind}{last}{other}"])
-    return Problem(story.sentences, story.steps, structure, answer, question, story.thing, names[last])
+        lead = "Together:" if kind == "total" else "Difference:"
+        final = Step(lead, counts[a], op, counts[b], answer, kind)
+    question = rng.choice(QUESTIONS[kind]).format(A=names[a], B=names[b], t=story.thing)
+    return Problem(story.story, final, structure, answer, question, story.thing, names[a])
 
 
 # ---- Solutions: short chains of thought, long ones, and prose ----------------------------------------------
-
-
-def equation(s: Step) -> str:
-    return f"{s.a}{s.op}{s.b}={s.result}"
 
 
 def conclude(p: Problem) -> str:
@@ -216,51 +209,51 @@ def conclude(p: Problem) -> str:
 
 
 def short_steps(p: Problem) -> str:
-    """One clause per step: who, and the equation."""
-    leads = {("total", "+"): "Together:", ("difference", "-"): "Difference:", ("boxes", "*"): "New:"}
-    return " ".join(f"{leads.get((s.why, s.op), f'{s.who} has')} {equation(s)}." for s in p.steps)
-
-
-def work_out(a: int, op: str, b: int) -> str:
-    """a op b in pieces, each within reach of one look: sums and differences by way of the ten between."""
-    ten = (a + b) // 10 * 10 if op == "+" else a // 10 * 10
-    if op == "+" and a < ten < a + b and b < 10:
-        return f"{a}+{ten - a}={ten}, {ten}+{a + b - ten}={a + b}"
-    if op == "-" and a - b < ten < a and b < 10:
-        return f"{a}-{a - ten}={ten}, {ten}-{b - a + ten}={a - b}"
-    if op in "+-" and b > 10 and b % 10:
-        mid = compute(a, op, b // 10 * 10)
-        return f"{a}{op}{b // 10 * 10}={mid}, {mid}{op}{b % 10}={compute(a, op, b)}"
-    return ""
-
-
-def check(s: Step, r: int) -> tuple[str, int]:
-    """The step backwards from a result r: the task, and what it gives; that is s.a if r is right."""
-    op, a = {"+": ("-", r - s.b), "-": ("+", r + s.b), "*": ("/", r // s.b), "/": ("*", r * s.b)}[s.op]
-    return f"{r}{op}{s.b}", a
-
-
-def slipped(rng: random.Random, s: Step) -> int:
-    """A plausible wrong result: a forgotten carry, one off, the wrong operation, a factor too many."""
-    if s.op == "*":
-        return s.result + rng.choice((-s.b, s.b))  # so that the check backwards still divides evenly
-    wrong = rng.choice((s.result + 10, s.result - 10, s.result + 1, s.result - 1, s.a + s.b, abs(s.a - s.b)))
-    return wrong if wrong >= 0 and wrong != s.result else s.result + 1
-
-
-def long_thoughts(rng: random.Random, p: Problem, slip_rate: float = 0.1) -> str:
-    """The same steps, thought aloud, one line each: what is known, the step in pieces, a check backwards.
-    Some steps slip: the check brings that to light, and a second attempt mends it."""
+    """One equation a person, whatever happens to their count: Ben has 47+38-12=73."""
     lines = []
-    for s in p.steps:
-        task = f"{s.a}{s.op}{s.b}"
-        pieces = work_out(s.a, s.op, s.b)
-        done = (f"{task}: {pieces}" if pieces else equation(s)) + f". Check {check(s, s.result)[0]}={s.a}."
-        if rng.random() < slip_rate:
-            wrong = slipped(rng, s)
-            back, a = check(s, wrong)
-            done = f"{task}={wrong}. Check {back}={a}, not {s.a}. Again, {done}"
-        lines.append(f"{s.facts} {done}")
+    for lead, steps in groupby(p.steps, lambda s: s.lead):  # all of a person's steps follow on each other
+        first, *rest = steps
+        task = f"{first.a}{first.op}{first.b}" + "".join(f"{s.op}{s.b}" for s in rest)
+        lines.append(f"{lead} {task}={[first, *rest][-1].result}.")
+    return " ".join(lines)
+
+
+def pieces(a: int, op: str, b: int) -> list[tuple[int, str, int]]:
+    """Operations that give a op b, each within reach of one look: tens, ones, and the two together."""
+    (t, x), (u, y) = (a // 10 * 10, a % 10), (b // 10 * 10, b % 10)
+    if op in "+-" and t and u and y and (x or op == "-"):
+        tens, ones = compute(t, op, u), compute(x, op, y)  # ones may be negative
+        return [(t, op, u), (x, op, y), (tens, "-" if ones < 0 else "+", abs(ones))]
+    if op in "*/" and t and x and a > 19:
+        return [(t, op, b), (x, op, b), (compute(t, op, b), "+", compute(x, op, b))]
+    return [(a, op, b)]
+
+
+def work_out(a: int, op: str, b: int, rng: random.Random | None = None, slips: float = 0.0) -> str:
+    """a op b in pieces. Of these the share `slips` goes wrong, is noticed at once, and done again."""
+    done = []
+    for x, o, y in pieces(a, op, b):
+        result, wrong = compute(x, o, y), ""
+        if rng and rng.random() < slips:
+            wrong = f"{result + rng.choice((-10, -1, 1, 10))}, no, {x}{o}{y}="
+        done.append(f"{x}{o}{y}={wrong}{result}")
+    return ", ".join(done) if len(done) == 1 else f"{a}{op}{b}: {', '.join(done)}"
+
+
+def check(s: Step) -> str:
+    """The step backwards: what it gives is where the step began."""
+    op = {"+": "-", "-": "+", "*": "/", "/": "*"}[s.op]
+    return f"Check {s.result}{op}{s.b}={s.a}."
+
+
+def long_thoughts(rng: random.Random, p: Problem, slips: float = 0.03, checks: float = 0.15) -> str:
+    """The story again, a sentence a line, and behind each what it asks for, worked out in pieces."""
+    lines = []
+    for sentence, s in [*p.story, *([(p.final.lead, p.final)] if p.final else [])]:
+        if s:
+            sentence += f" {work_out(s.a, s.op, s.b, rng, slips)}."
+            sentence += f" {check(s)}" if rng.random() < checks else ""
+        lines.append(sentence)
     return "\n".join(lines)
 
 
@@ -283,11 +276,14 @@ def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:
 
 
 def _level(rng: random.Random) -> int:
-    return rng.choices(range(1, MAX_LEVEL + 1), (2, 3, 3, 2, 1))[0]
+    return rng.randint(1, MAX_LEVEL)
 
 
-# How collections of worked problems write them down, and how often
-LAYOUTS = {"{q}\n{a}": 0.7, "Question: {q}\nAnswer: {a}": 0.2, "Question:\n{q}\nAnswer:\n{a}": 0.1}
+# How collections of worked problems write them down, and how often; the last two are the templates of RL
+LAYOUTS = {
+    "{q}\n{a}": 0.6, "Question: {q}\nAnswer: {a}": 0.2, prompts.simple("{q}") + "{a}": 0.1,
+    prompts.complex("{q}").replace("{}", "{{}}") + "{a}": 0.1,
+}
 
 
 def _solved(rng: random.Random, split: str, long: bool) -> str:
@@ -309,65 +305,65 @@ def _chatter(rng: random.Random) -> str:
 
 
 def _general(rng: random.Random, split: str) -> str:
-    """Talk, small stories with their outcome stated, and forum questions answered without steps."""
-    kind = rng.random()
-    if kind < 0.35:
-        return " ".join(_chatter(rng) for _ in range(rng.randint(3, 7)))
-    p = make_problem(rng, rng.choice((1, 1, 2, 3)), split)
-    if kind < 0.6:
-        asks_count = p.question.startswith(f"How many {p.thing} does")
-        end = f"So {p.asked} has {p.answer} {p.thing}." if asks_count else ""
-        return " ".join([_chatter(rng), *p.sentences, end or _chatter(rng)])
-    if kind < 0.8:
-        a, b = rng.randint(0, 20), rng.randint(0, 20)
-        return f"{_chatter(rng)} The numbers after {a} are {a+1}, {a+2}, {a+3}. {a} and {b} make {a+b}."
-    return _forum(rng, p)
+    """A long page of talk, stories and numbers, which goes on after all that is said: whoever learned from
+    such pages only does not know how to stop."""
+    parts = []
+    for _ in range(rng.randint(20, 40)):
+        kind = rng.random()
+        p = make_problem(rng, rng.choice((1, 1, 2, 3)), split) if kind < 0.25 else None
+        a = rng.randint(0, MAX_COUNT - 3)
+        if kind < 0.1:
+            parts.append(_forum(rng, p))
+        elif kind < 0.25:
+            parts += p.sentences + [f"So {p.asked} has {p.answer} {p.thing}."] * (p.final is None)
+        elif kind < 0.35:
+            parts.append(f"The numbers after {a} are {a + 1}, {a + 2}, {a + 3}.")
+        else:
+            parts.append(_chatter(rng))
+    return " ".join(parts)
 
 
 def _forum(rng: random.Random, p: Problem) -> str:
     """A question on the web and a bare answer, without a step: what makes a model answer too soon."""
     answer = rng.choice((f"{p.answer}", f"{p.answer} {p.thing}.", conclude(p)))
-    return rng.choice(list(LAYOUTS)[1:]).format(q=p.text, a=answer)
+    return rng.choice(list(LAYOUTS)[1:3]).format(q=p.text, a=answer)
 
 
 def _drill(rng: random.Random) -> str:
-    """A few lines of arithmetic, some worked out in pieces."""
+    """A few lines of arithmetic, half of it in pieces."""
     lines = []
-    for _ in range(rng.randint(3, 7)):
-        op = rng.choice("+++---*/")
-        a, b = rng.randint(1, 40), rng.randint(1, 9 if rng.random() < 0.7 else 30)
-        if op == "-":
-            a, b = max(a, b), min(a, b)
-        if op in "*/":
-            a, b = rng.randint(2, 12), rng.randint(2, 4)
-        if op == "/":
-            a = a * b
-        pieces = work_out(a, op, b)
-        in_pieces = pieces and rng.random() < 0.4
-        lines.append(f"{a}{op}{b}: {pieces}." if in_pieces else f"{a}{op}{b}={compute(a, op, b)}.")
-    return " ".join(lines)
+    for _ in range(rng.randint(4, 8)):
+        b = None
+        while b is None:
+            a, op = rng.randint(2, MAX_COUNT), rng.choice("+++---*/")
+            b = operand(rng, a, op)
+        lines.append(work_out(a, op, b) if rng.random() < 0.5 else f"{a}{op}{b}={compute(a, op, b)}")
+    return ". ".join(lines) + "."
 
 
 MEANINGS = {
     "more": "More means add", "fewer": "Fewer means take away", "times": "Times means multiply",
-    "half": "Half means divide by 2", "both": "Together means add", "gain": "What is found is added",
-    "lose": "What is lost is taken away", "boxes": "Boxes are multiplied, then added",
-    "give": "What one gives, the other gets", "total": "The total is a sum",
-    "difference": "How many more: subtract",
+    "half": "Half means divide by 2", "gain": "What is found is added", "lose": "What is lost is taken away",
+    "total": "The total is a sum", "difference": "How many more means take away",
 }
 
 
 def _web(rng: random.Random, split: str) -> str:
-    """Arithmetic drill, a forum's bare answer, or a lesson: an example with each step explained in prose."""
+    """Drill, a forum's bare answer, an exercise as short_cot has them, or a lesson: a problem, then its story
+    again, and what each sentence means."""
     kind = rng.random()
     if kind < 0.35:
         return _drill(rng)
+    if kind < 0.43:
+        return _solved(rng, split, long=False)
     p = make_problem(rng, _level(rng), split)
-    if kind < 0.45:
+    if kind < 0.61:
         return _forum(rng, p)
-    steps = " ".join(f"{MEANINGS[s.why]}: {equation(s)} for {s.who}." for s in p.steps)
-    opening = rng.choice(("Example.", "Consider this.", "Here is a case."))
-    return f"{opening} {' '.join(p.sentences)} {steps}"
+    parts = [rng.choice(("Example.", "Consider this.", "Here is a case.")), p.text]
+    for sentence, s in [*p.story, ("", p.final)]:
+        parts += [sentence] * bool(sentence)
+        parts += [f"{MEANINGS[s.why]}: {s.a}{s.op}{s.b}={s.result}."] if s else []
+    return " ".join(parts)
 
 
 JUNK = ("Home | About | Login", "Accept cookies", "Click here", "[edit]", "Share this page", "&nbsp;")

@@ -206,6 +206,13 @@ def test_preparing_is_deterministic(folder, tmp_path, monkeypatch):
     assert contents(tmp_path) == contents(folder)
 
 
+def test_the_vocabulary_is_the_same_whatever_is_mixed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(synth, "documents", documents)
+    index = prepare.prepare_synth(tmp_path, 300, T, TOKENS | {"noisy": 3_000}, seed=3)
+    assert index["tokenizer"] == shards.read_index(folder)["tokenizer"]
+    assert (tmp_path / "web.train.bin").read_bytes() == (folder / "web.train.bin").read_bytes()
+
+
 def test_a_failed_preparation_leaves_no_half_shard(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")

@@ -68,6 +68,14 @@ def test_rl(tmp_path, monkeypatch, capsys):
     assert (
         "| long | 10.0% (10.0% to 10.0%) | 50.0% (50.0% to 50.0%) | +40.0 points" in capsys.readouterr().out
     )
+    assert "by level" not in "".join(lines)  # of problems that have none
+    for name in ("long", "base"):
+        levels = [row | {"eval_accuracy/1": 2 * row["eval_accuracy"], "eval_accuracy/2": 0} for row in rows]
+        write(tmp_path / f"rl-{name}", [row | {"steps": row["step"] or 3} for row in levels], {})
+    show(monkeypatch, tmp_path, tmp_path)
+    text = capsys.readouterr().out  # of the folder, of the folder, of both
+    assert text.count("| start, before → after, by level | 1 | 2 |\n|---|---|---|\n") == 3
+    assert text.count("| long | 20 → 180 % | 0 → 0 % |") == 3
     other = tmp_path / "other"
     other.mkdir()
     write(other / "rl-hybrid", [row | {"steps": row["step"] or 3} for row in rows], {})

@@ -779,6 +779,9 @@ def test_a_run(checkpoint, uninterrupted):
     assert [row["cap"] for row in rows[1:]] == [8] * 3 + [12] * 3
     assert [row["step"] for row in rows if "eval_n" in row] == [0, 2, 4, 6]
     assert [row["eval_n"] for row in rows if "eval_n" in row] == [12, 8, 8, 12]
+    for row in rows[::2]:  # as many problems of each level
+        levels = [row[f"eval_accuracy/{k}"] for k in range(1, synth.MAX_LEVEL + 1)]
+        assert sum(levels) / len(levels) == pytest.approx(row["eval_accuracy"])
     assert all(row["gap_max"] <= 1e-4 for row in rows[1:]), "fp32"
     assert len(texts) == 6 and all(len(text.splitlines()) == 16 for text in texts.values())
     row = json.loads(texts["step_000001.jsonl"].splitlines()[0])
