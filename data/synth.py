@@ -41,7 +41,7 @@ SPLITS = ("train", "val", "test")
 MAX_LEVEL = 4  # operations in a problem
 MAX_COUNT = 99  # nobody ever has more
 SAME = 0.4  # share of the operations that change the person before, and not tell of a newcomer
-ASIDES = (0.5, 0.35, 0.15)  # shares of stories with 0, 1, 2 people whose counts no other depends on
+ASIDE = 0.1  # chance of each of two people aside, times the operations that a story lacks of MAX_LEVEL
 
 NAMES = """Anna Ben Cara Dan Ella Finn Gina Hugo Iris Jack Kate Liam Mia Noah Olga Paul Rosa Sam Tina Umar
     Vera Will Yara Zoe""".split()
@@ -173,9 +173,9 @@ def _draw(rng: random.Random, level: int) -> Problem | None:
     kind = rng.choices(list(QUESTIONS), (0.8, 0.1, 0.1))[0]
     two = int(kind != "count")  # a question about two people is an operation of its own
     changes = level - two
-    asides = [rng.randrange(changes + 2) for _ in range(rng.choices((0, 1, 2), ASIDES)[0])]
+    asides = [rng.randrange(changes + 2) for _ in "ab" if rng.random() < ASIDE * (MAX_LEVEL - changes)]
     for place in range(changes + 2):
-        for _ in range(asides.count(place)):
+        for _ in range(asides.count(place)):  # somebody with a count that no other depends on
             story.introduce()
         if place == 0:
             story.current = len(story.counts)
@@ -352,12 +352,12 @@ def _web(rng: random.Random, split: str) -> str:
     """Drill, a forum's bare answer, an exercise as short_cot has them, or a lesson: a problem, then its story
     again, and what each sentence means."""
     kind = rng.random()
-    if kind < 0.35:
+    if kind < 0.27:
         return _drill(rng)
-    if kind < 0.43:
+    if kind < 0.35:
         return _solved(rng, split, long=False)
     p = make_problem(rng, _level(rng), split)
-    if kind < 0.61:
+    if kind < 0.53:
         return _forum(rng, p)
     parts = [rng.choice(("Example.", "Consider this.", "Here is a case.")), p.text]
     for sentence, s in [*p.story, ("", p.final)]:
