@@ -76,9 +76,9 @@ MATH8K = SourceSpec("qa", hub="hkust-nlp/SimpleRL-Zoo-Data", part="simplelr_abel
 
 # ------------------------------------------------------------------------------------------------------------
 # The generated corpus: web, code and text-code blocks become "web"; short and long chains of thought are one
-# source each. "noisy" takes the place of "web" when the quality of the web text is what is studied. Hybrid has
-# the paper's 15:15 (of its section 3), not the 10:20 of its branch: long documents are twice as long, so at
-# 10:20 hardly any rollout tries one.
+# source each. "noisy" takes the place of "web" when the quality of the web text is what is studied. Hybrid
+# is 15:15, of the paper's section 3, not the 10:20 of its branch: these are shares of tokens, and a long
+# document is nearly twice as long, so at 10:20 a long one comes to three or four short ones.
 
 TINY = {
     "base": {"general": 1.0},
