@@ -2,6 +2,7 @@
 # make SMOKE=1    the same with a few steps of everything (runs/smoke)
 # make test       all tests, on a CPU
 # make real DATA=DIR   a model of 28M parameters on public files (README): shards, base → stable → three branches, losses
+# make gpu        the first half hour on a GPU, in the environment that is there: tests/gpu.sh, parts A and B
 # make bench      the benchmarks: minutes each, figures for the README
 # make lint | clean | distclean (clean keeps runs/, distclean asks before it deletes them)
 #
@@ -79,6 +80,9 @@ test: $(VENV)/test.ok
 bench: $(VENV)/test.ok
 	@for f in tests/bench_*.py; do echo "== $$f"; $(PY) $$f || exit 1; done
 
+gpu:
+	PYTHON=$(PYTHON) bash tests/gpu.sh A; PYTHON=$(PYTHON) bash tests/gpu.sh B
+
 lint: $(VENV)/test.ok
 	$(VENV)/bin/ruff check .
 
@@ -90,4 +94,4 @@ distclean: clean
 	@test ! -d runs || { du -sh runs; printf "delete runs/, every checkpoint in it? [y/N] "; \
 	    read answer; test "$$answer" = y && rm -rf runs || echo "kept"; }
 
-.PHONY: all recipe real $(STARTS) $(STARTS:%=rl-%) test bench lint clean distclean
+.PHONY: all recipe real $(STARTS) $(STARTS:%=rl-%) test bench gpu lint clean distclean

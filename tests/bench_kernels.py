@@ -2,6 +2,7 @@
 
     python tests/bench_kernels.py                 on a GPU: the table below
     python tests/bench_kernels.py --tune          on a GPU: the kernels in every tile
+    python tests/bench_kernels.py --quick         either with the shapes of training only: a minute, or three
     python tests/bench_kernels.py --resources     registers, spills, shared memory of every tile; needs no GPU
     python tests/bench_kernels.py --resources "sm_90 attention dq 64"      the same, of what begins so
     TRITON_INTERPRET=1 python tests/bench_kernels.py --tiny       this program in Triton's interpreter
@@ -24,8 +25,9 @@ same over each. What is to be reached:
 | decode, 256 rows of 1k to 8k tokens, 24/8 heads of 128 | a copy of the bytes | ≥ 0.8 | not measured yet |
 
 --tune times the tiles in use (model.py: TILES, DECODE_TILE, DECODE_SPLIT) and the others listed here; the
-fastest belongs into model.py. What to look at first on a card: dk dv at head_dim 128, whose tile of 64 × 64
-reads queries from the second-level cache twice as often as one of 64 × 128 would, which spills.
+fastest belongs into model.py. It begins with FIRST: tiles of which two programs fit on a multiprocessor, and
+of those in use one. To look at next: dk dv at head_dim 128, whose tile of 64 × 64 reads queries from the
+second-level cache twice as often as one of 64 × 128 would, which spills.
 
 --resources says of the tiles in use, with Triton 3.9 (tile in queries x keys, registers per thread, bytes
 spilled, KiB of shared memory):
@@ -69,7 +71,7 @@ import kernel_tools as tools
 
 import model
 
-TINY = "--tiny" in sys.argv
+TINY, QUICK = "--tiny" in sys.argv, "--quick" in sys.argv
 DEVICE = "cpu" if TINY else "cuda"
 BF16 = torch.float32 if TINY else torch.bfloat16  # the interpreter's bf16 is not to be compared with
 
@@ -91,9 +93,11 @@ OTHER_TILES = {
         16: [],
         32: [(64, 128, 8, 3)],
         64: [(64, 64, 4, 3)],
-        128: [(64, 128, 8, 2), (32, 128, 8, 3)],
+        128: [(64, 64, 8, 2), (64, 128, 8, 2), (32, 128, 8, 3)],
     },
 }
+FIRST = {"forward": {128: (64, 64, 4, 3)}, "dq": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2)},
+         "dkdv": {64: (64, 64, 4, 3)}}
 OTHER_DECODE_TILES = [(64, 4, 4), (128, 4, 3), (128, 8, 3), (32, 4, 4)]
 
 
@@ -109,7 +113,7 @@ def median_ms(f) -> float:
         return 1e3 * (time.perf_counter() - start)
     from triton.testing import do_bench  # empties the cache between calls
 
-    return do_bench(f, warmup=50, rep=300, return_mode="median")
+    return do_bench(f, warmup=50, rep=100 if QUICK else 300, return_mode="median")
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -245,7 +249,7 @@ def bench_attention(D: int, H: int, K: int, T: int, with_documents: bool) -> Non
 def attention_table() -> None:
     head("head_dim, heads, length", "arm", "forward ms", "TFLOP/s", "forward + backward ms", "TFLOP/s")
     for D, H, K in [(32, 4, 2)] if TINY else [(64, 32, 8), (128, 24, 8)]:
-        for T in [64] if TINY else [8192, 32_768]:
+        for T in [64] if TINY else [8192] if QUICK else [8192, 32_768]:
             for with_documents in (False, True):
                 bench_attention(D, H, K, T, with_documents)
 
@@ -315,6 +319,7 @@ def nll_table() -> None:
         del expected
         compiled = plain if TINY else torch.compile(plain)
         arms = {"ours": ours[use], "PyTorch": unfused, "torch.compile": partial(unfused, compiled)}
+        arms = {"ours": ours[use], "PyTorch": unfused} if QUICK else arms
         for name, f in arms.items():
             ms = attempt(name, partial(median_ms, f))
             if ms is not None:
@@ -333,7 +338,7 @@ def decode_inputs(block_len: int):
 def decode_table() -> None:
     peak = copy_bandwidth(1 << (16 if TINY else 30))
     head("decode, 256 rows of 1k to 8k, 24/8 heads of 128", "ms", "GB/s", "of a copy")
-    for block_len in (16,) if TINY else (64, 128, 256, 8192):
+    for block_len in (16,) if TINY else (128,) if QUICK else (64, 128, 256, 8192):
         q, k, v, table, lengths = decode_inputs(block_len)
         out = model.decode_attention(q, k, v, table, lengths)
         with mock.patch.object(model, "KERNEL_DEVICES", set()):
@@ -351,26 +356,34 @@ def decode_table() -> None:
 def tune() -> None:
     """Times of each kernel in each tile; the fastest belongs into model.py."""
     head("kernel", "head_dim", "BLOCK_M, BLOCK_N, warps, stages", "ms")
-    for D, H, K in [(32, 4, 2)] if TINY else [(32, 16, 8), (64, 32, 8), (128, 24, 8)]:
-        B, T = (1, 64) if TINY else (2, 8192)
-        q, k, v, do = (randn(B, T, heads, D) for heads in (H, K, K, H))
-        starts = tools.documents([[T]] * B, DEVICE)
-        o, lse = torch.ops.octo.attention(q, k, v, starts)
-        forward = partial(torch.ops.octo.attention, q, k, v, starts)
-        backward = partial(torch.ops.octo.attention_backward, q, k, v, starts, o, lse, do)
-        for kernel, tiles in all_tiles().items():
-            f = forward if kernel == "forward" else backward
-            for tile in tiles[D]:
-                in_use = mock.patch.dict(model.TILES[kernel], {D: tile})
-                with in_use, mock.patch.multiple(model, SMALL_TILES={}):
-                    ms = attempt(f"{kernel} {tile}", partial(median_ms, f))
-                row(kernel if kernel == "forward" else f"both, {kernel} in", D, tile, ms and f"{ms:.3f}")
+    every = {k: {D: [tile for tile in t if tile != FIRST[k].get(D)] for D, t in tiles.items()}
+             for k, tiles in all_tiles().items()}
+    first = {k: {D: [model.TILES[k][D], tile] for D, tile in t.items()} for k, t in FIRST.items()}
+    shapes = [(64, 32, 8), (128, 24, 8), (32, 16, 8)][: 2 if QUICK else 3]
+    for tiles in (first, every):
+        for D, H, K in [(32, 4, 2)] if TINY else shapes:
+            tune_attention(D, H, K, {k: t.get(D, []) for k, t in tiles.items()})
     decode = partial(model.decode_attention, *decode_inputs(16 if TINY else 128))
-    for split in (256, 512, 1024):
-        for tile in (model.DECODE_TILE, *OTHER_DECODE_TILES):
+    for split in (512,) if QUICK else (256, 512, 1024):
+        for tile in (model.DECODE_TILE, *OTHER_DECODE_TILES)[: 1 if TINY else None]:
             with mock.patch.multiple(model, DECODE_TILE=tile, DECODE_SPLIT=split):
                 ms = attempt(f"decode {tile}", partial(median_ms, decode))
             row("decode", 128, f"{tile}, pieces of {split}", ms and f"{ms:.3f}")
+
+
+def tune_attention(D: int, H: int, K: int, tiles: dict[str, list]) -> None:
+    B, T = (1, 64) if TINY else (2, 8192)
+    q, k, v, do = (randn(B, T, heads, D) for heads in (H, K, K, H))
+    starts = tools.documents([[T]] * B, DEVICE)
+    o, lse = torch.ops.octo.attention(q, k, v, starts)
+    forward = partial(torch.ops.octo.attention, q, k, v, starts)
+    backward = partial(torch.ops.octo.attention_backward, q, k, v, starts, o, lse, do)
+    for kernel, chosen in tiles.items():
+        f = forward if kernel == "forward" else backward
+        for tile in chosen[:1] if TINY else chosen:
+            with mock.patch.dict(model.TILES[kernel], {D: tile}), mock.patch.multiple(model, SMALL_TILES={}):
+                ms = attempt(f"{kernel} {tile}", partial(median_ms, f))
+            row(kernel if kernel == "forward" else f"both, {kernel} in", D, tile, ms and f"{ms:.3f}")
 
 
 def resources(begin: str) -> int:
@@ -401,6 +414,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time the kernels in every tile")
     what = "compile every tile for sm_80, sm_90 and sm_100, or those whose chip and name begin so"
     parser.add_argument("--resources", nargs="?", const="", metavar="BEGIN", help=what)
+    parser.add_argument("--quick", action="store_true", help="the shapes of training only, short timings")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU, under TRITON_INTERPRET=1")
     args = parser.parse_args()
     if TINY:

@@ -1,6 +1,7 @@
 """The sampler beside transformers' generate, a GRPO step beside TRL's GRPOTrainer: CPU, one thread, fp32.
 
     python tests/bench_rl.py [rounds]
+    python tests/bench_rl.py --quick [--tiny]     what a GPU does, with a shorter tail; tiny: on a CPU
 
 All arms have one model of 6.85M parameters with random weights (8 layers, 256 wide, 8 / 4 heads, 4,096
 words). Lengths are imposed: every arm makes the same number of tokens. Figures are CPU seconds of the
@@ -29,6 +30,8 @@ import rl
 from model import PRESETS, Llama, LlamaConfig
 from sample import Sampler, SamplingParams
 
+QUICK, TINY = "--quick" in sys.argv, "--tiny" in sys.argv
+DEVICE, SHAPE = ("cpu", "tiny") if TINY else ("cuda", "1b")
 CONFIG = LlamaConfig(4096, 8, 256, 8, 4, 32, 688, rope_theta=10_000.0, max_position=1024)
 PROMPT, EOS, P, G = 64, 0, 8, 16
 
@@ -218,16 +221,18 @@ def steps(folder: str, model: Llama, title: str, lengths: list[int], rounds: int
 
 
 def seconds(work) -> float:
-    torch.cuda.synchronize()
+    wait = (lambda: None) if TINY else torch.cuda.synchronize
+    wait()
     start = time.perf_counter()
     work()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
 def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
     """The bytes that a token per row must read, weights and cache, over what a large copy reaches."""
-    c, x = model.config, torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    slots, context, looks = (4, 16, 2) if TINY else (slots, context, looks)
+    c, x = model.config, torch.empty(1 << (16 if TINY else 30), dtype=torch.uint8, device=DEVICE)
     y = x.clone()
     bandwidth = 2 * x.numel() / min(seconds(lambda: y.copy_(x)) for _ in range(10))
     ids = np.random.default_rng(0).integers(4, c.vocab_size, (slots, context)).tolist()
@@ -238,37 +243,40 @@ def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
     numbers = 2 * c.num_layers * c.num_kv_heads * c.head_dim  # per token
     cached = slots * (context + rollout.look_every + tokens / 2) * 2 * numbers
     share = (2 * c.num_params() + cached) * tokens / took / bandwidth
-    said = f"decode, {slots} rows, context about {context + tokens}"
-    print(f"{said}: {slots * tokens / took:,.0f} tokens/s, {share:.2f} of what a copy reaches")
+    said = f"| decode, {slots} rows, context about {context + tokens} |"
+    print(f"{said} {slots * tokens / took:,.0f} tokens/s | {share:.2f} of what a copy reaches |", flush=True)
 
 
 def tail(model: Llama, folder: str, n=1024, cap=2048) -> None:
     """n requests of long-tailed lengths, prompts of 64: ours in 256 slots, generate in batches."""
+    n, cap = (8, 16) if TINY else (512, 1024) if QUICK else (n, cap)
     ids = np.random.default_rng(0).integers(4, model.config.vocab_size, (n, PROMPT)).tolist()
     lengths = long_tailed(n, cap)
     sampler = Sampler(model, None, slots=256)
     arms = {"ours, 256 slots": lambda: sampler.generate(ids, max_new_tokens=lengths, stop=())}
     if find_spec("transformers"):
-        theirs = their_model(folder).to("cuda", torch.bfloat16)
+        theirs = their_model(folder).to(DEVICE, torch.bfloat16)
 
         def static(size: int) -> None:
             for i in range(0, n, size):
-                batch, longest = torch.tensor(ids[i : i + size], device="cuda"), max(lengths[i : i + size])
+                batch, longest = torch.tensor(ids[i : i + size], device=DEVICE), max(lengths[i : i + size])
                 generate_exactly(theirs, batch, longest)
 
-        arms |= {f"generate, batches of {size}": lambda size=size: static(size) for size in (256, 64)}
-    sampler.generate(ids[:256], max_new_tokens=16, stop=())  # compiles the kernels
+        sizes = (256,) if QUICK else (256, 64)
+        arms |= {f"generate, batches of {size}": lambda size=size: static(size) for size in sizes}
+    sampler.generate(ids[:256], max_new_tokens=4 if TINY else 16, stop=())  # compiles the kernels
     for name, work in arms.items():
         took = seconds(work)
-        speed = f"{took:.1f} s, {sum(lengths) / took:,.0f} tokens/s"
-        print(f"{n} long-tailed requests, cap {cap}; {name}: {speed}", flush=True)
+        speed = f"{sum(lengths) / took:,.0f} tokens/s | {took:.1f} s"
+        print(f"| {n} long-tailed requests, cap {cap}; {name} | {speed} |", flush=True)
 
 
 def on_gpu() -> None:
-    model = Llama(PRESETS["1b"]).init_weights(0)
+    print("| what | speed | |\n| --- | --- | --- |")
+    model = Llama(PRESETS[SHAPE]).init_weights(0)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        model = model.to("cuda", torch.bfloat16)
+        model = model.to(DEVICE, torch.bfloat16)
         model.compute_dtype = torch.bfloat16
         decoding(model)
         tail(model, folder)
@@ -276,12 +284,12 @@ def on_gpu() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    rounds = next((int(word) for word in sys.argv[1:] if word.isdigit()), 3)
     names = [name for name in ("torch", "transformers", "trl") if find_spec(name)]
     versions = {name: importlib.metadata.version(name) for name in names}
     print(f"{versions}, Python {platform.python_version()}, {torch.backends.cpu.get_cpu_capability()}")
-    if torch.cuda.is_available():
-        print(f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    if TINY or torch.cuda.is_available():
+        print("a CPU" if TINY else f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
         return on_gpu()
     model = Llama(CONFIG).init_weights(0)
     with tempfile.TemporaryDirectory() as folder:
