@@ -453,7 +453,7 @@ def test_command_line(files):
     found = shard_documents(shards.Shard(files.parent / "out" / "short_cot.train.bin"), tok)
     assert "7+1?\n7+1\nThe answer is \\boxed{8}.<|end_of_text|>" in found
     loads = Loader(files.parent / "out", recipes.REAL["hybrid"], 32, 20)
-    assert torch.bincount(loads.batch(0).source).tolist() == [11, 1, 2, 2, 4]
+    assert torch.bincount(loads.batch(0).source).tolist() == [11, 1, 2, 3, 3]
     assert run(files, "--keep-overlaps", "--vocab-size", "400", "--max-tokens", "2000", "--check") == printed
     one = run(files, "--keep-overlaps", "long_cot", "--vocab-size", "400", "--max-tokens", "2000", out="one")
     assert one.splitlines()[:-1] == printed.splitlines()[:-1]
