@@ -1059,7 +1059,8 @@ def planned_epochs(args, steps: int) -> str:
     folder = args.data or os.path.join(args.out, "data")
     if not os.path.exists(os.path.join(folder, "index.json")):
         return "not known without prepared data (--data)"
-    loader = Loader(folder, mixture_of(args.branch, args, folder), args.seq_len, args.batch)
+    seed = args.seed + RECIPE[args.branch].data_seed
+    loader = Loader(folder, mixture_of(args.branch, args, folder), args.seq_len, args.batch, seed)
     return in_words(loader.epochs(steps), ".2g")
 
 
