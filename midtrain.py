@@ -65,8 +65,19 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data import files, prepare, recipes, shards, tokenizer
 from data.loader import Batch, Loader, block_counts
 from data.tokenizer import Tokenizer
-from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained, pick_device, read_generation
-from model import loss_memory as memory_of_loss
+from model import (
+    DTYPES,
+    PRESETS,
+    Llama,
+    LlamaConfig,
+    config_from_hf,
+    has_bf16,
+    load_pretrained,
+    load_state,
+    loss_memory,
+    pick_device,
+    read_generation,
+)
 
 # ---- The recipe --------------------------------------------------------------------------------------------
 
@@ -90,7 +101,6 @@ BETAS, EPS, GRAD_CLIP = (0.9, 0.95), 1e-8, 1.0  # not published; what Llama-like
 FINAL_LR = 0.1  # a cosine ends at this share of its peak (paper, "cosine to 10 %")
 EVAL_BATCHES = 2  # per source, at every evaluation
 MAX_SKIPS = 5  # steps in a row that may be left out because their loss or gradient is not finite
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -273,7 +283,7 @@ def run_stage(stage: str, args, world: World) -> None:
         return files.print0(f"[{stage}] is finished: {saved}")
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, args.seed + RECIPE[stage].data_seed)
     again = check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
-    model, optimizer = build_model(settings, saved or source, data_dir, args, world, again)
+    model, optimizer = build_model(settings, saved or source, args, world, again)
     tok, at = tokenizer.load(data_dir), start  # at: the step that was saved last
     evaluate = partial(validate, model, loader, settings.mixture, args.micro_batch, world, token_bytes(tok))
     log = MetricsLog(stage_dir, start, args.tensorboard, evaluate(lambda: 0) if late else {})
@@ -362,7 +372,7 @@ def open_data(args) -> str:
     """The folder of prepared shards; the tiny preset's are generated now if they are not there."""
     run, folder = RUNS[args.preset], args.data or os.path.join(args.out, "data")
     if args.start and not os.path.exists(folder):  # that of the run it goes on from
-        source = files.find_checkpoint(below(args.branch, args))
+        source = files.find_checkpoint(goes_on_from(args.branch, args))
         folder = os.path.join(os.path.dirname(stage_of(source)), "data")
     index = shards.read_index(folder)
     if args.data:
@@ -401,7 +411,7 @@ def mixture_of(stage: str, args, data_dir: str) -> dict[str, float]:
     return mixtures[stage]
 
 
-def below(stage: str, args) -> str | None:
+def goes_on_from(stage: str, args) -> str | None:
     """The folder, perhaps with @STEP, of the stage that this one goes on from: --from, or its own run's.
     None: there is none, it starts from --init or from random weights."""
     name = RECIPE[stage].stands_on
@@ -426,7 +436,7 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
         raise ValueError(f"--replicate {args.replicate} does not divide {world.size} ranks")
     run, named, folder, before = RUNS[args.preset], stage == args.branch, os.path.join(args.out, stage), {}
     own = read_settings(folder) if files.latest_checkpoint(folder) else None
-    source, where = None, below(stage, args)
+    source, where = None, goes_on_from(stage, args)
     if where and not own:
         source = files.find_checkpoint(where)
         before = read_settings(stage_of(source)) or {}
@@ -441,6 +451,10 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
     start = args.start if named and args.start else RECIPE[stage].stands_on or "random"
     if where is None and RECIPE[stage].stands_on:
         start = source = args.init
+    words = tokenizer.find(source) if source and not own else None  # its own are compared with the settings
+    if words and not tokenizer.load(words).agrees(tok):
+        how = f"prepare the data again with --tokenizer {words}"
+        raise ValueError(f"{data_dir} was prepared with another tokenizer than {source}'s: {how}")
     rate = own["lr"] if own else ended_at(before, source) if before else run["lr"][stage]
     steps = (args.steps if named else own and own["steps"]) or run["steps"][stage]
     if own and RECIPE[stage].schedule != "cosine" and steps < own["steps"]:
@@ -479,16 +493,12 @@ def model_shape(args, found: dict | None, vocab_size: int, from_init: bool) -> L
     return found
 
 
-def build_model(settings: Settings, source: str | None, data_dir: str, args, world: World, again=0):
+def build_model(settings: Settings, source: str | None, args, world: World, again=0):
     """(model, optimizer): from the checkpoint `source`, the stage's own or one below it, from --init, or
-    random. ValueError if `source` has another tokenizer than the data."""
+    random."""
     config, from_init = LlamaConfig(**settings.model), source is not None and source == args.init
     if from_init:
         check_shape(source, config)
-    words = tokenizer.find(source) if source else None
-    if words and not tokenizer.load(words).agrees(tokenizer.load(data_dir)):
-        how = f"prepare the data again with --tokenizer {words}"
-        raise ValueError(f"{data_dir} was prepared with another tokenizer than {source}'s: {how}")
     model = empty_model(config, args, settings.dtype, world, args.replicate, again=again)
     if from_init:
         load_pretrained(model, source)
@@ -711,7 +721,7 @@ def fastest_dtype(device: torch.device) -> str:
     if device.type == "cpu":
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
-        native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        native = has_bf16(device)
     return "bf16" if native else "fp32"
 
 
@@ -768,14 +778,15 @@ def save_checkpoint(
 def hash_state(checkpoint: str) -> None:
     """Tell rank 0 the checksums of a checkpoint's state/ (files.KNOWN). Called by every rank: each reads what
     it wrote or will load, at once. What cannot be read is left to rank 0, which reports it."""
-    found, (rank, size) = {}, (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return  # one process reads each file once anyway
+    found, rank, size = {}, dist.get_rank(), dist.get_world_size()
     for path in glob.glob(os.path.join(glob.escape(checkpoint), "state", "__*_*.distcp")):
-        with contextlib.suppress(OSError):
-            if size > 1 and int(os.path.basename(path).split("_")[2]) % size == rank:
+        if int(os.path.basename(path).split("_")[2]) % size == rank:
+            with contextlib.suppress(OSError):
                 found[path, os.stat(path).st_mtime_ns] = files.file_hash(path)
-    if size > 1:
-        dist.all_gather_object(parts := [{}] * size, found)
-        files.KNOWN.update(item for part in parts for item in part.items())
+    dist.all_gather_object(parts := [{}] * size, found)
+    files.KNOWN.update(item for part in parts for item in part.items())
 
 
 def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, keep_every) -> None:
@@ -841,10 +852,7 @@ def load_checkpoint(path: str, model: Llama, optimizer: torch.optim.Optimizer) -
     check_shape(path, model.config)
     own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = dict(zip(("model", "optimizer"), states.get_state_dict(model, optimizer)))
-    try:
-        dcp.load(state, checkpoint_id=os.path.join(path, "state"))
-    except dcp.CheckpointException as error:
-        raise ValueError(f"{path} cannot be loaded: {next(iter(error.failures.values()))[0]}") from None
+    load_state(path, state)
     weights, moments, model.generation = state["model"], state["optimizer"], read_generation(path)
     states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     for group, values in zip(optimizer.param_groups, own, strict=True):
@@ -930,7 +938,9 @@ class Speed:
 
     def __init__(self, settings: Settings, world: World):
         self.batch_tokens, self.total, self.steps = settings.batch * settings.seq_len, 0.0, -1
-        self.first, self.config, self.seq_len = 0.0, LlamaConfig(**settings.model), settings.seq_len
+        self.first, self.seq_len, config = 0.0, settings.seq_len, LlamaConfig(**settings.model)
+        self.weights = flops_per_token(config, 0)  # FLOPs of a token, but for attention
+        self.attention = flops_per_token(config, 1) - self.weights  # and for each of a document's
         self.rate = None  # tokens per second of the last step
         self.begun, self.device = time.perf_counter(), world.device
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
@@ -949,7 +959,7 @@ class Speed:
         row = {"tokens_per_s": self.rate}
         if self.rate and self.peak:
             for key, length in (("mfu", self.seq_len), ("mfu_documents", document_length)):
-                row[key] = self.rate * flops_per_token(self.config, length) / self.peak
+                row[key] = self.rate * (self.weights + self.attention * length) / self.peak
         return row
 
 
@@ -1017,7 +1027,7 @@ def memory_plan(config: LlamaConfig, args, dtype: str, ranks: int, again: int | 
         "parameters": 4 * params * share, "gradients": 4 * params * share, "optimizer": 8 * params * share,
         "weights to compute with": gathered,
         "activations": tokens * (4 + size) * hidden + kept * layer + again * inputs,  # the last norm first
-        "logits": memory_of_loss(tokens, hidden, config.vocab_size, size),
+        "logits": loss_memory(tokens, hidden, config.vocab_size, size),
     }
     grads, words = parts["gradients"], config.vocab_size * hidden
     accumulated = grads if tokens * ranks < args.batch * args.seq_len else 0
@@ -1181,7 +1191,7 @@ def main() -> None:
             return export(source, args.export, dtype)
         world = setup(args.threads)
         if args.compile is None:
-            args.compile = world.device.type == "cuda" and fastest_dtype(world.device) == "bf16"
+            args.compile = has_bf16(world.device)
         for newest in on_rank0(lambda: files.checkpoints(os.path.join(args.out, args.branch))[:1]):
             hash_state(newest)
         for stage in on_rank0(lambda: stages_to_run(args)):

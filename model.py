@@ -90,6 +90,7 @@ PRESETS = {
 
 # ---- The operations: RMSNorm, rotary embedding, attention; then the modules, Attention to Llama ------------
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # as flags name them
 KERNEL_DEVICES = {"cuda"} if triton else set()  # emptied, a GPU runs the plain PyTorch too
 LOGITS_BUDGET = 1 << 25  # logits at once, without kernels: 128 MiB, 261 tokens of Llama 3's vocabulary
 
@@ -99,12 +100,17 @@ def has_kernels(x: Tensor, head_dim: int = 64) -> bool:
     return x.device.type in KERNEL_DEVICES and x.dtype != torch.float64 and head_dim in HEAD_DIMS
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Is it a GPU that multiplies bf16? Those from Ampere on do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def pick_device() -> torch.device:
     """This process's GPU, Apple's GPU (for one process), or the CPU."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index < torch.cuda.device_count() and torch.cuda.get_device_capability(device) < (8, 0):
-            KERNEL_DEVICES.discard("cuda")  # before Ampere: no bf16 products, 64 KiB of shared memory
+        if device.index < torch.cuda.device_count() and not has_bf16(device):
+            KERNEL_DEVICES.discard("cuda")  # which has 64 KiB of shared memory, too
             print0_once("this GPU is too old for the Triton kernels: plain PyTorch, in fp32")
         return device
     return torch.device("mps" if torch.backends.mps.is_available() and "RANK" not in os.environ else "cpu")
@@ -1315,17 +1321,17 @@ def load_pretrained(model: Llama, path: str) -> None:
     """
     parameters, model.generation = dict(model.named_parameters()), read_generation(path)
     if not weight_files(path):
-        return read_state(path, model)
+        return load_state(path, {"model": model.state_dict()}, no_dist=True)  # not collective
     for name, tensor in read_weights(path, model):
         assign(parameters[name], tensor)
 
 
-def read_state(path: str, model: Llama) -> None:
-    """Fill a model, whole or sharded, from the state/ of a training checkpoint, in place; not collective."""
+def load_state(path: str, state: dict, **options) -> None:
+    """Fill the tensors of `state`, whole or sharded, from the state/ of a training checkpoint."""
     import torch.distributed.checkpoint as dcp
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist means
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # in one process
     try:
-        dcp.load({"model": model.state_dict()}, checkpoint_id=os.path.join(path, "state"), no_dist=True)
+        dcp.load(state, checkpoint_id=os.path.join(path, "state"), **options)
     except dcp.CheckpointException as error:
         raise ValueError(f"{path} cannot be loaded: {next(iter(error.failures.values()))[0]}") from None
 

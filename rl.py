@@ -67,7 +67,7 @@ import verify
 from data import benchmarks, files, prompts, recipes, synth
 from midtrain import World
 from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained
-from sample import GPU_SHARE, Sampler, free_tokens, load_words, sampling_mode, token_bytes, unsharded
+from sample import GPU_SHARE, Sampler, cache_bytes, free_tokens, load_words, sampling_mode, unsharded
 
 # ---- The algorithm, on plain tensors -----------------------------------------------------------------------
 
@@ -740,7 +740,7 @@ BANDWIDTH, REACHED = 4.8e12, 0.6  # bytes per second from the memory of a PLAN_D
 def plan_row(config: LlamaConfig, args, dtype: torch.dtype, name: str, gpus: int, cap: int) -> list:
     """GiB on a GPU, rows of the KV cache, and seconds of a step in which every response is `cap` tokens."""
     params, size, tokens = config.num_params(), dtype.itemsize, args.max_prompt + cap
-    reference, each = bool(args.kl_coef) * 4 * params / gpus, tokens * token_bytes(config, dtype)
+    reference, each = bool(args.kl_coef) * 4 * params / gpus, tokens * cache_bytes(config, dtype)
     copy = size * params if gpus > 1 or size < 4 else 0  # gathered, or in the dtype of the activations
     pool = max(0.0, midtrain.PLAN_MEMORY - 12 * params / gpus - reference - copy) * GPU_SHARE
     rows, responses = int(pool // each), math.ceil(args.prompts_per_step * args.rollouts / gpus)
@@ -881,7 +881,7 @@ def check_args(args) -> None:
         raise ValueError(f"--temperature {args.temperature} must be above 0: a greedy policy has no gradient")
     if args.rollouts < 2:
         raise ValueError("--rollouts 1 leaves nothing to compare a response with: give at least 2")
-    if args.preset in ("1b", "3b", "8b") and not args.prompts:
+    if SIZE_COLUMN[args.preset] and not args.prompts:  # of the paper's sizes
         how = "--prompts math8k is the paper's set (data/README.md); a file or hub:ID is one of your own"
         raise ValueError(f"--preset {args.preset} needs --prompts: {how}")
     if (P := args.prompts_per_step) % args.updates:

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from data import files
 from data.prompts import STOP, TEMPLATES
 from data.tokenizer import load as load_tokenizer
-from model import KVCache, Llama, LlamaConfig, has_kernels, pick_device, read_generation
+from model import DTYPES, KVCache, Llama, LlamaConfig, has_bf16, has_kernels, pick_device, read_generation
 
 PREFILL_TOKENS = 4096  # in prompts computed together, padding included: enough to fill the processor
 CACHE_CHUNK = 64  # tokens of room behind the longest prompt in a dense cache; it grows by this or an eighth
@@ -418,7 +418,6 @@ class Sampler:
 
 BLOCK_LEN = 64  # tokens per block of a paged cache, which is what a GPU gets
 GPU_SHARE = 0.9  # of the GPU's free memory that the cache may take
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def new_cache(model: Llama, slots: int, length: int, *blocks: int) -> KVCache:
@@ -508,7 +507,7 @@ class PagedCache:
         return True
 
 
-def token_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
+def cache_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
     """What the keys and values of a token take in all layers."""
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize
 
@@ -517,7 +516,7 @@ def free_tokens(model: Llama) -> int:
     """Keys and values of how many tokens the free memory of the model's GPU could hold."""
     torch.cuda.empty_cache()  # what torch keeps for later counts as taken otherwise
     free = torch.cuda.mem_get_info(model.embed.weight.device)[0]
-    return free // token_bytes(model.config, model.compute_dtype)
+    return free // cache_bytes(model.config, model.compute_dtype)
 
 
 def make_cache(sampler: Sampler, groups: list[list[Row]]) -> DenseCache | PagedCache:
@@ -647,7 +646,7 @@ def load_model(path: str, device: str = "cpu", dtype: str = "auto"):
     """(model, tokenizer) of a checkpoint's folder, ours or Hugging Face's, to be sampled. Whether it is whole
     is seen by files.find_checkpoint(). dtype "auto": bf16 on a GPU that multiplies it, else as stored."""
     tok, device = load_words(path), torch.device(device)
-    if dtype == "auto" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+    if dtype == "auto" and has_bf16(device):
         dtype = "bf16"
     model = Llama.from_pretrained(path, device, DTYPES.get(dtype)).eval()
     model.compute_dtype = model.embed.weight.dtype

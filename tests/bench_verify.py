@@ -126,7 +126,11 @@ def different(answers: list[str]) -> None:
             if is_equivalent(a, b):
                 equal.append((a, b))
     print(f"{PAIRS:,} pairs of different texts among {len(answers):,} golds: {len(equal)} called equal")
-    for pair in equal[:40]:
+    show(equal[:40])
+
+
+def show(pairs: list) -> None:
+    for pair in pairs:
         print("   ", *pair, sep="   ")
 
 
@@ -160,8 +164,7 @@ def mutated(answers: list[str]) -> None:
                 if is_equivalent(answer, gold):
                     accepted.append((answer, gold))
         print(f"one {kind} changed: {len(accepted)} of {tried:,} accepted, {len(accepted) / tried:.2%}")
-        for pair in accepted[:40]:
-            print("   ", *pair, sep="   ")
+        show(accepted[:40])
 
 
 def choices(folder: Path) -> None:
@@ -172,8 +175,7 @@ def choices(folder: Path) -> None:
     equal = [(a, b) for a, b in pairs if a != b and is_equivalent(a, b)]
     print(f"MMLU-STEM: {right} of {len(rows)} texts of right options are correct, {right / len(rows):.2%}; "
           f"of {len(pairs):,} pairs of options {len(equal)} are called equal")
-    for pair in equal:
-        print("   ", *pair, sep="   ")
+    show(equal)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1187,7 +1187,7 @@ def test_a_gpu_compiles_unless_told_not_to(monkeypatch):
     seen = []
     for name in ("stages_to_run", "checkpoints"):
         monkeypatch.setattr(midtrain if name == "stages_to_run" else files, name, lambda _: [])
-    monkeypatch.setattr(midtrain, "fastest_dtype", lambda device: "bf16")
+    monkeypatch.setattr(midtrain, "has_bf16", lambda device: device.type == "cuda")
     for device, flag in (("cpu", None), ("cuda", None), ("cuda", "--no-compile"), ("cpu", "--compile")):
         monkeypatch.setattr(midtrain, "setup", lambda _, d=device: midtrain.World(device=torch.device(d)))
         monkeypatch.setattr(midtrain, "stages_to_run", lambda args: seen.append(args.compile) or [])
