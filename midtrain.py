@@ -134,7 +134,7 @@ def _paper(lr: float, micro_batch: int, controlled_lr: float) -> dict:
 # batch and micro_batch in sequences; lr is a stage's highest; warmup in steps, of the base stage only.
 RUNS = {
     "tiny": {  # ours: minutes on two CPU cores
-        "steps": _stages(400, 2400, 1000, 1000), "lr": _stages(2e-3, 2e-3, 2e-3, 2e-3), "warmup": 50,
+        "steps": _stages(400, 2400, 800, 800), "lr": _stages(2e-3, 2e-3, 2e-3, 2e-3), "warmup": 50,
         "batch": 8, "micro_batch": 8, "seq_len": 256, "save_every": 200, "eval_every": 200, "log_every": 50,
         "vocab": 1024,
         "tokens": {"general": 1_500_000, "web": 4_000_000, "short_cot": 900_000, "long_cot": 900_000,

@@ -46,6 +46,7 @@ The metrics, one row per step in metrics.jsonl:
     time_*, share_rollout, *_tokens_per_s        seconds and speed of rollout, update and evaluation
     eval_*               the same on eval_n held-out problems, greedy, with the template and cap of training;
                          eval_accuracy/LEVEL on those of a level (generated ones: number of operations)
+    curve_*              the same on the first --eval-subset of them, which every evaluation has in common
 """
 
 import contextlib
@@ -597,9 +598,12 @@ def evaluate(sampler, held_out: list[dict], step: int, name: str, args, world, s
     correct = f"{m['accuracy']:.1%} of {len(problems)} correct, length {m['length']:.0f}"
     more = f"(correct {m['length_correct'] or 0:.0f}), truncated {m['truncated']:.1%}"
     files.print0(f"[{name}] step {step}/{args.steps} held-out: {correct} {more}")
+    write_rollouts(f"{args.out}/{name}/evals/step_{step:06d}.jsonl", samples, problems, world)
+    few = rollout_metrics([s for s in samples if s.group < args.eval_subset], world)
     row = {"eval_n": len(problems), "steps": args.steps, "time_eval": time.perf_counter() - start}
     kept = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
-    return row | {"eval_" + key: m[key] for key in kept} | by_level(samples, problems, world)
+    row |= {"eval_" + key: m[key] for key in kept} | by_level(samples, problems, world)
+    return row | {"curve_" + key: few[key] for key in ("accuracy", "length")}
 
 
 def by_level(samples: list[Sample], problems: list[dict], world: World) -> dict[str, float]:
@@ -782,7 +786,7 @@ TRAIN_PROBLEMS = 4000  # of the generated corpus
 
 # Sizes: (tiny and small, which are ours; 1b, 3b and 8b, which are the paper's where it says; what it is)
 SIZES = {
-    "steps": (80, 500, "rollouts to make"),
+    "steps": (60, 500, "rollouts to make"),
     "prompts_per_step": (16, 128, "problems per step"),
     "rollouts": (8, 16, "responses to each"),
     "updates": (1, 2, "optimizer steps per rollout; its problems are split evenly over them"),

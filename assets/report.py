@@ -155,8 +155,9 @@ def plot_rl(runs: dict[str, list[dict]], path: str) -> None:
     figure, (left, right) = _figure(2, (10, 4.2))
     for (name, rows), marker in zip(runs.items(), "osD^v*PX" * 9, strict=False):
         style = {"marker": marker, "markersize": 4, "linewidth": 2, "color": COLOURS.get(name), "label": name}
-        left.plot([r["step"] for r in rows], [100 * r["eval_accuracy"] for r in rows], **style)
-        right.plot([r["step"] for r in rows], [r["eval_length"] for r in rows], **style)
+        accuracy, length = ([r.get(f"curve_{y}", r[f"eval_{y}"]) for r in rows] for y in ("accuracy", "length"))
+        left.plot([r["step"] for r in rows], [100 * y for y in accuracy], **style)
+        right.plot([r["step"] for r in rows], length, **style)
     left.set(title="Held-out problems solved, greedy (%)", xlabel="GRPO step", ylim=(0, None))
     right.set(title="Mean length of the responses (tokens)", xlabel="GRPO step", ylim=(0, None))
     for axes in (left, right):

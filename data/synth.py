@@ -40,6 +40,7 @@ SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct")
 SPLITS = ("train", "val", "test")
 MAX_LEVEL = 4  # operations in a problem
 MAX_COUNT = 99  # nobody ever has more
+DRAW = 2  # of the problems: the first was looked at while this world was made, so results are of the second
 SAME = 0.4  # share of the operations that change the person before, and not tell of a newcomer
 ASIDE = 0.1  # chance of each of two people aside, times the operations that a story lacks of MAX_LEVEL
 
@@ -408,7 +409,7 @@ def problems(split: str, n: int, seed: int = 0) -> list[dict]:
     """n different problems of a split, levels 1..MAX_LEVEL in turn."""
     if split not in SPLITS:
         raise ValueError(f'unknown split "{split}"; valid: {", ".join(SPLITS)}')
-    rng = random.Random(f"problems/{seed}/{split}")
+    rng = random.Random(f"problems/{DRAW}/{seed}/{split}")
     rows: dict[str, dict] = {}  # by text
     while len(rows) < n:
         level = len(rows) % MAX_LEVEL + 1
