@@ -1,6 +1,7 @@
 # make            the whole recipe on generated data: base → stable → three branches → GRPO from each → table and picture
 # make SMOKE=1    the same with a few steps of everything (runs/smoke)
 # make test       all tests, on a CPU
+# make findings   the paper's findings F0 to F6, three seeds, hours; ONLY=F1 SEEDS=1: a part (assets/findings.py)
 # make real DATA=DIR   a model of 28M parameters on public files (README): shards, base → stable → three branches, losses
 # make gpu        the first half hour on a GPU, in the environment that is there: tests/gpu.sh, parts A and B
 # make bench      the benchmarks: minutes each, figures for the README
@@ -37,7 +38,7 @@ recipe: rl-long rl-hybrid rl-short rl-stable rl-base # the longest first
 base: $(VENV)/run.ok
 	@$(PY) midtrain.py --branch base $(FEW) $(ALONE)
 stable: base
-	@$(PY) midtrain.py --branch stable $(FEW) $(ALONE)
+	@$(PY) midtrain.py --branch stable $(FEW) --keep-every 600 $(ALONE)
 short long hybrid: stable
 	@$(PY) midtrain.py --branch $@ $(FEW) $(BESIDE)
 rl-base: stable # after stable, which has the machine to itself
@@ -47,6 +48,12 @@ rl-long: long
 rl-hybrid: hybrid
 $(STARTS:%=rl-%): rl-%:
 	@$(PY) rl.py --branch $* $(FEWRL) $(BESIDE)
+
+SEEDS ?= 3
+ONLY  ?= F0,F1,F2,F3,F4,F5,F6,QA
+
+findings: $(VENV)/run.ok
+	@$(PY) -m assets.findings --only $(ONLY) --seeds $(SEEDS) --jobs $(JOBS)
 
 # What two CPU cores do in half an hour; on a GPU: make real DATA=DIR BATCH= BASE= STABLE= DECAY=, the preset's own numbers.
 REAL   ?= runs/real
@@ -94,4 +101,4 @@ distclean: clean
 	@test ! -d runs || { du -sh runs; printf "delete runs/, every checkpoint in it? [y/N] "; \
 	    read answer; test "$$answer" = y && rm -rf runs || echo "kept"; }
 
-.PHONY: all recipe real $(STARTS) $(STARTS:%=rl-%) test bench gpu lint clean distclean
+.PHONY: all recipe findings real $(STARTS) $(STARTS:%=rl-%) test bench gpu lint clean distclean

@@ -86,15 +86,19 @@ class Stage(NamedTuple):
     stands_on: str | None  # the stage whose weights and optimizer state it starts from
     schedule: str  # of the learning rate: see learning_rate()
     data_seed: int  # added to --seed, so that no stage sees a shared source in the order of another
+    colour: str  # in pictures; Okabe and Ito's, which colour-blind readers can tell apart
+    mixture: dict[str, float] | None = None  # of sources; None: that of data/recipes.py, or --mix
 
 
+# One more line is one more branch, for example
+# "mine": Stage("stable", "cosine", 6000, "#CC79A7", {"web": 0.7, "long_cot": 0.3})
 RECIPE = {
-    "base": Stage(None, "warmup", 0),  # stands in for Llama's own pre-training
-    "stable": Stage("base", "constant", 1000),
-    "short": Stage("stable", "cosine", 2000),
-    "long": Stage("stable", "cosine", 3000),
-    "hybrid": Stage("stable", "cosine", 4000),
-    "controlled": Stage("base", "cosine", 5000),
+    "base": Stage(None, "warmup", 0, "#999999"),  # stands in for Llama's own pre-training
+    "stable": Stage("base", "constant", 1000, "#000000"),
+    "short": Stage("stable", "cosine", 2000, "#E69F00"),
+    "long": Stage("stable", "cosine", 3000, "#0072B2"),
+    "hybrid": Stage("stable", "cosine", 4000, "#009E73"),
+    "controlled": Stage("base", "cosine", 5000, "#D55E00"),
 }
 WEIGHT_DECAY = 0.1  # the paper's
 BETAS, EPS, GRAD_CLIP = (0.9, 0.95), 1e-8, 1.0  # not published; what Llama-like pre-training uses
@@ -117,8 +121,7 @@ class World:
 
 
 def _stages(base, stable, decay, controlled) -> dict:
-    decays = dict.fromkeys(("short", "long", "hybrid"), decay)
-    return {"base": base, "stable": stable, **decays, "controlled": controlled}
+    return dict.fromkeys(RECIPE, decay) | {"base": base, "stable": stable, "controlled": controlled}
 
 
 def _paper(lr: float, micro_batch: int, controlled_lr: float) -> dict:
@@ -148,7 +151,7 @@ RUNS = {
     "3b": _paper(2e-5, 2, 3e-5),
     "8b": _paper(1e-5, 1, 1e-5),
 }
-EXTRA_TOKENS = {"noisy": 4_000_000}  # generated only for a mixture that has this source
+EXTRA_TOKENS = {"noisy": 4_000_000, "qa_prose": 300_000, "prose_qa": 300_000}  # if a mixture has this source
 
 # ---- Optimizer, schedule, loss, the step -------------------------------------------------------------------
 
@@ -251,14 +254,14 @@ class Settings:
     seed: int
     mixture: dict[str, float]
     tokenizer: str  # hash
-    data: str  # hash of its index, which has the checksums of the shards
+    data: str  # hash of what its index says of the mixture's sources: checksums of the shards
     model: dict  # LlamaConfig
 
 
 def stages_to_run(args) -> list[str]:
     """The stage asked for and, before it, those that it stands on and that are not finished."""
     stages = [args.branch]
-    if args.start or files.latest_checkpoint(os.path.join(args.out, args.branch)):
+    if args.start or files.latest_checkpoint(folder_of(args.branch, args)):
         return stages  # what it started from is named, or does not matter any more
     while (below := RECIPE[stages[0]].stands_on) and not is_finished(os.path.join(args.out, below)):
         if below == "base" and args.init:
@@ -273,14 +276,15 @@ def stages_to_run(args) -> list[str]:
 
 def run_stage(stage: str, args, world: World) -> None:
     """Train a stage to its end, from where its folder stands. A signal: save and SystemExit(128 + signal)."""
-    stage_dir, data_dir = os.path.join(args.out, stage), on_rank0(lambda: open_data(args))
+    stage_dir, data_dir = folder_of(stage, args), on_rank0(lambda: open_data(args))
+    name = os.path.basename(stage_dir)
     settings, source = on_rank0(lambda: resolve_settings(stage, args, data_dir, world))
     saved = on_rank0(lambda: open_folder(stage_dir, asdict(settings)))  # its newest checkpoint, or None
     meta = files.read_json(f"{saved}/meta.json") if saved else {}
     start, skips = meta.get("step", 0), meta.get("skipped", 0)
     late = on_rank0(lambda: unevaluated(stage_dir, start, settings.steps, args.eval_every))
     if start >= settings.steps and not late:
-        return files.print0(f"[{stage}] is finished: {saved}")
+        return files.print0(f"[{name}] is finished: {saved}")
     loader = Loader(data_dir, settings.mixture, args.seq_len, args.batch, args.seed + RECIPE[stage].data_seed)
     again = check_memory(LlamaConfig(**settings.model), args, settings.dtype, world)
     model, optimizer = build_model(settings, saved or source, args, world, again)
@@ -293,14 +297,15 @@ def run_stage(stage: str, args, world: World) -> None:
     work = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps of {args.batch} x"
     where = f"{settings.dtype} on {world.size} x {world.device.type}{', compiled' if args.compile else ''}"
     where += f", {again} of {model.config.num_layers} blocks computed twice" if again else ""
-    files.print0(f"[{stage}] {begin}: {work} {args.seq_len} tokens, {where}")
-    files.print0(f"[{stage}] epochs by the end: {in_words(loader.epochs(settings.steps), '.2g')}")
+    files.print0(f"[{name}] {begin}: {work} {args.seq_len} tokens, {where}")
+    files.print0(f"[{name}] epochs by the end: {in_words(loader.epochs(settings.steps), '.2g')}")
 
     def save(step: int) -> str:
         said = meta | {"skipped": skips, "settings": asdict(settings)}
-        return save_checkpoint(stage_dir, step, model, optimizer, tok, said, args.keep_every)
+        keep = lambda n: args.keep_every and n % args.keep_every == 0  # noqa: E731
+        return save_checkpoint(stage_dir, step, model, optimizer, tok, said, keep)
 
-    with Interrupt(stage, world) as interrupt:
+    with Interrupt(name, world) as interrupt:
         for step in range(start + 1, settings.steps + 1):
             interrupt.step, last = step, step == settings.steps
             lr = learning_rate(stage, step - 1, settings.steps, settings.lr, settings.warmup)
@@ -316,15 +321,16 @@ def run_stage(stage: str, args, world: World) -> None:
                 row |= evaluate(interrupt.agreed)
             signum = interrupt.agreed()
             if last:
-                row |= {f"share/{name}": n / (step * args.batch) for name, n in loader.seen(step).items()}
-                row |= {f"epochs/{name}": n for name, n in loader.epochs(step).items()}
+                row |= {f"share/{x}": n / (step * args.batch) for x, n in loader.seen(step).items()}
+                row |= {f"epochs/{x}": n for x, n in loader.epochs(step).items()}
             row |= speed.row(row["document_length"])
             log.write(row)
             if args.compile and speed.steps == 1 and speed.first > speed.total:
-                files.print0(f"[{stage}] compiling took {speed.first - speed.total:.0f} s of the first step")
-            skips = count_skips(row, skips, stage)
+                files.print0(f"[{name}] compiling took {speed.first - speed.total:.0f} s of the first step")
+            values = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
+            skips = count_skips("skipped" in row, skips, step, name, values)
             if last or signum or step == start + 1 or step % args.log_every == 0:
-                files.print0(log_line(row, settings, speed))
+                files.print0(f"[{name}] {log_line(row, settings, speed)}")
             if last or signum or step % args.save_every == 0:
                 saved, at = save(step), step
             if signum:
@@ -332,12 +338,17 @@ def run_stage(stage: str, args, world: World) -> None:
         if signum := interrupt.agreed():  # it came during the last save
             raise SystemExit(128 + signum)
     if start >= settings.steps:
-        return files.print0(f"[{stage}] is finished, and evaluated now: {saved}")
+        return files.print0(f"[{name}] is finished, and evaluated now: {saved}")
     seen = in_words({key[6:]: value for key, value in row.items() if key.startswith("share/")}, ".1%")
-    files.print0(f"[{stage}] done: {saved}; sequences seen: {seen}")
+    files.print0(f"[{name}] done: {saved}; sequences seen: {seen}")
 
 
 # ---- Below: what a stage needs, then what is shared with rl.py and verify.py -------------------------------
+
+
+def folder_of(stage: str, args) -> str:
+    """RUN/STAGE; of the stage that --branch names RUN/NAME if there is a --name."""
+    return os.path.join(args.out, args.name if args.name and stage == args.branch else stage)
 
 
 def is_finished(stage_dir: str) -> bool:
@@ -384,7 +395,10 @@ def open_data(args) -> str:
         raise ValueError(f"--preset {args.preset} needs --data DIR, a folder made by python -m data.prepare")
     if not index:
         files.print0(f"[data] generating text and training a tokenizer on it: {folder}")
-    wanted = {*resolve_mixture(args.mix, "tiny"), *(index["sources"] if index else ())}
+    wanted = {*resolve_mixture(args.mix, "tiny"), *(RECIPE[args.branch].mixture or ())}
+    if unknown := sorted(wanted - recipes.KINDS["tiny"].keys()):
+        raise ValueError(f"no source {unknown[0]} here (valid: {', '.join(recipes.KINDS['tiny'])})")
+    wanted |= {*(index["sources"] if index else ())}
     extra = {name: EXTRA_TOKENS[name] for name in sorted(wanted & EXTRA_TOKENS.keys())}
     prepare.prepare_synth(folder, run["vocab"], args.seq_len, run["tokens"] | extra, args.seed)
     return folder
@@ -405,10 +419,18 @@ def mixture_of(stage: str, args, data_dir: str) -> dict[str, float]:
     mixtures = recipes.STAGES.get(corpus, {})
     if stage == args.branch and args.mix:
         return resolve_mixture(args.mix, corpus)
+    if mixture := RECIPE[stage].mixture:
+        return mixture
     if stage not in mixtures:
         have = f"mixtures for {', '.join(mixtures)}" if mixtures else "no mixtures at all"
         raise ValueError(f"stage {stage} needs --mix source=share,…: the data in {data_dir} has {have}")
     return mixtures[stage]
+
+
+def check_mixture(args) -> None:
+    """ValueError for what --mix asks in vain, before the stages that the branch stands on are trained."""
+    data_dir = open_data(args)
+    Loader(data_dir, mixture_of(args.branch, args, data_dir), args.seq_len, args.batch, args.seed)
 
 
 def goes_on_from(stage: str, args) -> str | None:
@@ -434,7 +456,7 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
     one below ended with."""
     if world.size % args.replicate:
         raise ValueError(f"--replicate {args.replicate} does not divide {world.size} ranks")
-    run, named, folder, before = RUNS[args.preset], stage == args.branch, os.path.join(args.out, stage), {}
+    run, named, folder, before = RUNS[args.preset], stage == args.branch, folder_of(stage, args), {}
     own = read_settings(folder) if files.latest_checkpoint(folder) else None
     source, where = None, goes_on_from(stage, args)
     if where and not own:
@@ -465,7 +487,7 @@ def resolve_settings(stage: str, args, data_dir: str, world: World) -> tuple[Set
         steps=steps, lr=named and args.lr or rate, warmup=run["warmup"] if stage == "base" else 0,
         batch=args.batch, seq_len=args.seq_len, seed=args.seed,
         dtype=fastest_dtype(world.device) if args.dtype == "auto" else args.dtype,
-        data=files.file_hash(os.path.join(data_dir, "index.json")),
+        data=shards.contents(data_dir, mixture),
         model=asdict(replace(config, max_position=max(config.max_position, args.seq_len))),
     ), source
 
@@ -528,12 +550,11 @@ def token_bytes(tok: Tokenizer) -> Tensor:
     return sizes
 
 
-def count_skips(row: dict, before: int, stage: str) -> int:
+def count_skips(skipped: bool, before: int, step: int, name: str, values: str) -> int:
     """Steps in a row, this one included, whose loss or gradient was not finite; ValueError at MAX_SKIPS."""
-    if not row.get("skipped"):
+    if not skipped:
         return 0
-    step = row["step"]
-    files.print0(f"[{stage}] step {step} left out: loss {row['loss']}, gradient norm {row['grad_norm']}")
+    files.print0(f"[{name}] step {step} left out: {values}")
     if before + 1 == MAX_SKIPS:
         what = f"{MAX_SKIPS} steps in a row without a finite loss and gradient, up to step {step}"
         raise ValueError(f"{what}: try a lower --lr, or --dtype fp32; the last checkpoint is intact")
@@ -746,10 +767,10 @@ def open_folder(folder: str, settings: dict) -> str | None:
 
 
 def save_checkpoint(
-    stage_dir: str, step: int, model: Llama, optimizer, tok: Tokenizer, meta: dict, keep_every=None
+    stage_dir: str, step: int, model: Llama, optimizer, tok: Tokenizer, meta: dict, keep=lambda step: False
 ) -> str:
     """Write a checkpoint aside, rename it, then let `latest` name it (for people) → its path. All but the
-    last KEEP and those of every `keep_every`-th step are deleted. Called by every rank. OSError: the earlier
+    last KEEP and those of steps with keep(step) are deleted. Called by every rank. OSError: the earlier
     ones are untouched.
 
     The folder is Hugging Face's; `state` in it holds weights and optimizer in shards that any number of ranks
@@ -765,7 +786,7 @@ def save_checkpoint(
         small = model.config.num_params() <= WHOLE
         full = states.get_model_state_dict(model, options=whole) if small else {}
         meta = meta | {"step": step, "tokenizer": tok.hash}
-        on_rank0(lambda: _publish(aside, final, model, full, tok, meta, keep_every))
+        on_rank0(lambda: _publish(aside, final, model, full, tok, meta, keep))
     except (OSError, dcp.CheckpointException) as error:
         free = shutil.disk_usage(stage_dir).free >> 20
         shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
@@ -789,7 +810,7 @@ def hash_state(checkpoint: str) -> None:
     files.KNOWN.update(item for part in parts for item in part.items())
 
 
-def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, keep_every) -> None:
+def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, keep) -> None:
     parts = dcp.FileSystemReader(os.path.join(aside, "state")).read_metadata().storage_data.values()
     for name in sorted({part.relative_path for part in parts}):
         if not os.path.exists(os.path.join(aside, "state", name)):
@@ -811,7 +832,7 @@ def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta:
         files.remove(later)
         del steps[later]
     for old in list(steps)[KEEP:]:
-        if not keep_every or steps[old] % keep_every:
+        if not keep(steps[old]):
             files.remove(old)
 
 
@@ -965,7 +986,7 @@ class Speed:
 
 def log_line(row: dict, settings: Settings, speed: Speed) -> str:
     step, steps = row["step"], settings.steps
-    text = f"[{settings.stage}] step {step:{len(str(steps))}}/{steps}  loss {row['loss']:7.4f}"
+    text = f"step {step:{len(str(steps))}}/{steps}  loss {row['loss']:7.4f}"
     text += f"  lr {row['lr']:.2e}  grad {row['grad_norm']:7.3f}"
     if speed.rate:
         text += f"  {speed.rate:9,.0f} tok/s  eta {duration((steps - step) * speed.total / speed.steps)}"
@@ -1150,6 +1171,7 @@ def parse_args():
     add("--data", metavar="DIR", help="shards made by data.prepare; tiny generates its own")
     add("--out", metavar="DIR", help="run folder, with one folder per stage (default runs/PRESET)")
     add("--mix", type=mixture, metavar="A=X,B=Y", help="shares of its sources, or a controlled mixture")
+    add("--name", type=files.plain_name, help="the stage's folder in --out (default: its branch)")
     add("--seed", type=int, default=0, help="seed of data, order and first weights (default 0)")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="dtype of the activations")
     for name, (kind, _, text) in FLAGS.items():
@@ -1171,6 +1193,8 @@ def parse_args():
             setattr(args, name, run[name] if default == "preset" else default)
         elif not value > 0 and not (name == "recompute" and value == 0):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.name in RECIPE and args.name != args.branch:
+        raise ValueError(f"--name {args.name} is a stage of its own: give another name")
     args.init, args.start = (path and os.path.realpath(path) for path in (args.init, args.start))
     if args.init and os.path.isdir(os.path.join(args.init, "checkpoints")):
         raise ValueError(f"--init {args.init} is a run: go on by --from, or name one of its checkpoints")
@@ -1187,15 +1211,17 @@ def main() -> None:
         if args.plan:
             return show_plan(args)
         if args.export:
-            source, dtype = args.start or f"{args.out}/{args.branch}", DTYPES.get(args.dtype, torch.bfloat16)
+            source = args.start or folder_of(args.branch, args)
+            dtype = DTYPES.get(args.dtype, torch.bfloat16)
             return export(source, args.export, dtype)
         world = setup(args.threads)
         if args.compile is None:
             args.compile = has_bf16(world.device)
-        for newest in on_rank0(lambda: files.checkpoints(os.path.join(args.out, args.branch))[:1]):
+        for newest in on_rank0(lambda: files.checkpoints(folder_of(args.branch, args))[:1]):
             hash_state(newest)
+        on_rank0(lambda: check_mixture(args))
         for stage in on_rank0(lambda: stages_to_run(args)):
-            with lock_for_all(os.path.join(args.out, stage)):
+            with lock_for_all(folder_of(stage, args)):
                 run_stage(stage, args, world)
 
 

@@ -23,6 +23,7 @@ makes a value network unnecessary; then one or more clipped policy-gradient upda
     python rl.py --branch long                                     # from runs/tiny/long, in runs/tiny/rl-long
     python rl.py --ckpt runs/tiny/stable@1200                      # from a step that --keep-every kept
     python rl.py --ckpt DIR --prompts FILE.jsonl --eval FILE.jsonl # rows {"problem": ..., "answer": ...}
+    python rl.py --branch long --reward mine.py:reward --name mine # a reward of your own, in rl-mine
     python rl.py --plan --preset 8b                              # memory and seconds per step on 1 and 8 GPUs
     python rl.py --ckpt DIR --prompts hub:openai/gsm8k:main --eval gsm8k --data DATA
     torchrun --nproc_per_node=8 rl.py --branch long --preset 3b --prompts FILE   # a CPU: the same, gloo
@@ -33,6 +34,7 @@ The metrics, one row per step in metrics.jsonl:
     length, length_*     mean length in tokens of all, of correct and of wrong responses
     truncated, cap       share of responses cut at the length cap (the others stopped by themselves); the cap
     no_signal            share of responses whose group has equal rewards: they teach nothing
+    pass_at_n            share of problems that at least one of the n responses solves
     problems             problems of the step: more than --prompts-per-step if --filter refill took others
     entropy              mean -log p of the sampled tokens: estimates the policy's entropy, in nats per token
     gap, gap_max, gap_kl sampler against trainer: mean and largest difference of a token's log-probability,
@@ -42,20 +44,29 @@ The metrics, one row per step in metrics.jsonl:
     kl                   k3 estimate of KL to the reference; with --kl-coef only
     lr, grad_norm, skipped, trained_tokens
                          learning rate; gradient norm before clipping at 1.0; updates left out because it was
-                         not finite; response tokens that got a forward pass
+                         not finite (five steps in a row without an update stop the run); response tokens
+                         that got a forward pass
     time_*, share_rollout, *_tokens_per_s        seconds and speed of rollout, update and evaluation
-    eval_*               the same on eval_n held-out problems, greedy, with the template and cap of training;
-                         eval_accuracy/LEVEL on those of a level (generated ones: number of operations)
-    curve_*              the same on the first --eval-subset of them, which every evaluation has in common
+    eval_*               the same on eval_n held-out problems, greedy, with the template of training and its
+                         cap (at the start and the end: the last cap); eval_accuracy/LEVEL on those of a
+                         level (generated ones: number of operations), or of a further --eval set
+    curve_*              the same on the first --eval-subset of them, which every evaluation has in common;
+                         --ckpt RUN@best is the checkpoint with the highest curve_accuracy
 """
 
 import contextlib
+import functools
+import glob
 import hashlib
+import importlib.util
+import json
 import math
 import numbers
 import os
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,7 +169,10 @@ def grpo_loss(
         objective = torch.where(A < 0, torch.maximum(objective, c.dual_clip * A), objective)
     loss = -objective
     if c.is_cap:  # truncated importance weights for sampler != trainer: min(pi_old / mu, C)
-        loss = loss * (old_logp - sampler_logp).clamp(-20, 20).exp().clamp(max=c.is_cap)
+        gap = ((old_logp - sampler_logp) * mask).clamp(-20, 20)
+        if c.surrogate == "gspo":  # of a response as a whole, like its ratio (ours: the paper has none)
+            gap = gap.sum(1, keepdim=True) / lengths.clamp(min=1)[:, None]
+        loss = loss * gap.exp().clamp(max=c.is_cap)
     if c.kl_coef:
         loss = loss + c.kl_coef * kl_estimate(logp, ref_logp, c.kl)
 
@@ -237,9 +251,11 @@ def rollout(
     Response j to the i-th problem draws from (seed, first_id + i, j), on whatever rank. Ranks do not steal
     work from each other: in bf16 a rollout depends on its neighbours, and so would on the ranks' speed."""
     mine = range(world.rank, len(problems), world.size)
+    reward = args.reward and load_reward(args.reward)
     groups = verify.sample_and_grade(
-        sampler, [problems[i] for i in mine], [problems[i]["tokens"] for i in mine], score, n, cap,
-        temperature, args.seed, args.stop, [first_id + i for i in mine],
+        sampler, [problems[i] for i in mine], [problems[i]["tokens"] for i in mine],
+        partial(score, reward=reward) if reward else score, n, cap, temperature, args.seed, args.stop,
+        [first_id + i for i in mine],
     )
     samples = []
     for i, group in zip(mine, groups, strict=True):
@@ -250,27 +266,52 @@ def rollout(
         signal = min(scores) < max(scores)  # whatever the punishment: DAPO's filter looks at what is correct
         for (c, r), reward, value in zip(group, rewards, values, strict=True):
             ids, stopped = (problems[i]["tokens"], c.tokens, c.logprobs), c.finish_reason == "stop"
-            samples.append(Sample(i, *ids, c.text, stopped, r > 0, reward, value, signal))
+            correct = (verify.reward(c.text, problems[i]["answer"]) if args.reward else r) > 0
+            samples.append(Sample(i, *ids, c.text, stopped, correct, reward, value, signal))
     return samples
 
 
-def score(text: str, problem: dict) -> float:
-    """verify.reward, which whoever forks this may have replaced: what it returns must be a number."""
-    r = verify.reward(text, problem["answer"])
+def score(text: str, problem: dict, reward: Callable | None = None) -> float:
+    """verify.reward, or --reward's, of (response, gold answer): it must return a number."""
+    gold = problem["answer"]
+    try:
+        r = (reward or verify.reward)(text, gold)
+    except Exception as error:
+        if not reward:
+            raise
+        raise ValueError(f"--reward fails on {text[:60]!r}: {type(error).__name__}: {error}") from error
     if not isinstance(r, numbers.Real) or not math.isfinite(r):
-        gold = problem["answer"]
         raise ValueError(f"the reward of {text[:60]!r} is {r!r}, not a finite number (answer {gold!r})")
     return float(r)
 
 
-def rollouts_of_step(sampler: Sampler, train: list[dict], step: int, cap: int, args, world: World):
-    """(problems, all samples, those to learn from, of how many groups). All follows from (seed, step).
+@functools.cache
+def load_reward(text: str) -> Callable[[str, str], float]:
+    """The function that --reward FILE.py:FUNCTION names. Accuracy stays verify.py's, whatever is trained."""
+    path, _, name = text.rpartition(":")
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise ValueError(f"--reward {text}: no such file; write it as FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location("reward_of_this_run", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--reward {path} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(found := getattr(module, name, None)):
+        own = [key for key, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__]
+        raise ValueError(f"--reward {path} has no function {name!r} (valid: {', '.join(own) or 'none'})")
+    return found
+
+
+def rollouts_of_step(sampler: Sampler, train: list[dict], taken: int, cap: int, args, world: World):
+    """(problems, all samples, those to learn from, of how many groups). All follows from the seed and from
+    `taken`, how many times a step's number of problems was taken before.
 
     With --filter refill (DAPO's dynamic sampling) further problems are taken, --refills times at most, until
     as many groups as a step has problems have a signal; the first of these are learned from."""
     P, rounds = args.prompts_per_step, 1 + args.refills if args.filter == "refill" else 1
     problems, samples = [], []
-    for i in range(step * rounds, (step + 1) * rounds):
+    for i in range(taken, taken + rounds):
         more = [train[j] for j in prompt_order(len(train), P, i, args.seed)]
         made = rollout(sampler, more, args.rollouts, cap, args.temperature, i * P, args, world)
         samples += [replace(s, group=s.group + len(problems)) for s in made]
@@ -307,11 +348,13 @@ def rollout_metrics(samples: list[Sample], world: World) -> dict[str, float | No
         row = (1, length, s.correct, s.correct * length, s.reward, not s.stopped, not s.signal, nll)
         sums += torch.tensor(row, dtype=torch.float64)
     n, tokens, correct, tokens_correct, reward, cut, silent, nll = over_ranks(sums.tolist(), world)
+    asked, solved = {s.group for s in samples}, {s.group for s in samples if s.correct}
+    asked, solved = over_ranks([len(asked), len(solved)], world)  # a group is whole on its rank
     return {
         "reward": reward / n, "accuracy": correct / n, "length": tokens / n,
         "length_correct": tokens_correct / correct if correct else None,
         "length_wrong": (tokens - tokens_correct) / (n - correct) if n > correct else None,
-        "truncated": cut / n, "no_signal": silent / n, "entropy": nll / tokens,
+        "truncated": cut / n, "no_signal": silent / n, "entropy": nll / tokens, "pass_at_n": solved / asked,
     }
 
 
@@ -511,25 +554,41 @@ def train(args, world: World) -> None:
     model, reference, tok = load_policy(source, args, world)
     train_problems, held_out = read_problems(args, tok)
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+    settings |= {"prompts_hash": contents(train_problems), "eval_hash": contents(held_out)}
+    if args.reward:
+        load_reward(args.reward)
+        settings["reward_hash"] = files.file_hash(args.reward.rpartition(":")[0])[:16]
     args.length_caps, args.stop = parse_schedule(args.length_schedule), (*tok.stop_ids, *prompts.STOP)
     optimizer = midtrain.make_optimizer(model, args.lr, weight_decay=0.0)
-    if world.device.type == "cuda":
-        make_state(optimizer)
+    make_state(optimizer)
     sampler = Sampler(model, tok, args.slots)
     saved = midtrain.on_rank0(lambda: midtrain.open_folder(folder, settings))
     meta = midtrain.load_checkpoint(saved, model, optimizer) if saved else {}
     start = meta.get("step", 0)
+    past = Past(*meta.get("past", (start, 0, 0, -1.0)))  # an older version's run has none
     size_pool(sampler, meta.get("cache_tokens"), args, world)
+    warn_of_positions(model.config, args)
     late, begun = {}, time.perf_counter()
     due = folder, start, args.steps, args.eval_every, "eval_accuracy"
     if saved and midtrain.on_rank0(lambda: midtrain.unevaluated(*due)):
         late = evaluate(sampler, held_out, start, name, args, world)
+        is_best(late, start, past)
     log = midtrain.MetricsLog(folder, start if saved else -1, args.tensorboard, late)
     begin = f"goes on at step {start}" if saved else f"starts from {source}"
     sizes = f"{len(train_problems)} problems, {len(held_out)} held out"
     files.print0(f"[{name}] {begin}: {sizes}, {args.dtype} on {world.size} x {world.device.type}")
     meta = {"stage": name, "settings": settings, "cache_tokens": sampler.cache_tokens}
     at = start  # the step that was saved last
+
+    def save(step: int) -> str:
+        said = meta | {"past": astuple(past)}
+        path = midtrain.save_checkpoint(
+            folder, step, model, optimizer, tok, said, lambda n: n == past.best)
+        if past.best:
+            best = os.path.join(folder, "checkpoints/best"), f"step_{past.best:06d}"
+            midtrain.on_rank0(lambda: files.write_text(*best))
+        return path
+
     with midtrain.Interrupt(name, world) as interrupt:
         sampler.halted = lambda: interrupt.signum  # what it was doing then is dropped
         if not saved:
@@ -537,12 +596,11 @@ def train(args, world: World) -> None:
             log.write({"step": 0} | (first or interrupt.leave(0, None)))
         for step in range(start + 1, args.steps + 1):
             interrupt.step, last = step, step == args.steps
-            row = grpo_step(
-                model, reference, optimizer, sampler, train_problems, step, folder, args, world, interrupt)
+            row = grpo_step(model, reference, optimizer, sampler, train_problems, step, past.taken, folder,
+                            args, world, interrupt)
             if not row:  # dropped, so that what is done is saved before whoever sent the signal kills
-                if step - 1 > at:
-                    saved = midtrain.save_checkpoint(folder, step - 1, model, optimizer, tok, meta)
-                interrupt.leave(step - 1, saved)
+                interrupt.leave(step - 1, save(step - 1) if step - 1 > at else saved)
+            past.taken += row["problems"] // args.prompts_per_step
             if step % args.log_every == 0 or last:
                 took = time.perf_counter() - begun
                 left = midtrain.duration(took / (step - start) * (args.steps - step))
@@ -551,9 +609,11 @@ def train(args, world: World) -> None:
             if step % args.eval_every == 0 or last:  # if a signal cuts it short: at the next start
                 row |= evaluate(sampler, held_out, step, name, args, world, interrupt.agreed)
             log.write(row)
-            signum = interrupt.agreed()
-            if step % args.save_every == 0 or last or signum:
-                saved, at = midtrain.save_checkpoint(folder, step, model, optimizer, tok, meta), step
+            lost = row["skipped"] > 0 and row["grad_norm"] is None  # not one update
+            past.skips = midtrain.count_skips(lost, past.skips, step, name, "gradient")
+            signum, best = interrupt.agreed(), is_best(row, step, past)
+            if step % args.save_every == 0 or last or signum or best:
+                saved, at = save(step), step
             if signum:
                 interrupt.leave(step, saved)
         if signum := interrupt.agreed():  # it came during the last save
@@ -561,11 +621,29 @@ def train(args, world: World) -> None:
     files.print0(f"[{name}] done: {saved}")
 
 
-def grpo_step(model, reference, optimizer, sampler, train_problems, step, folder, args, world, interrupt):
+@dataclass
+class Past:
+    """What a run that goes on must know beside weights and optimizer."""
+    taken: int  # how many times prompts_per_step problems were taken
+    skips: int  # steps in a row without an update, for a gradient that was not finite
+    best: int  # step with the highest curve_accuracy
+    highest: float
+
+
+def is_best(row: dict, step: int, past: Past) -> bool:
+    """Was this step evaluated, and better than all before? Then that is noted."""
+    if best := row.get("curve_accuracy", -1.0) > past.highest:
+        past.best, past.highest = step, row["curve_accuracy"]
+    return best
+
+
+def grpo_step(
+    model, reference, optimizer, sampler, train_problems, step, taken, folder, args, world, interrupt
+) -> dict:
     """Rollouts, rewards, update → a row of metrics; {} if a signal came before the weights changed."""
     cap, start = length_cap(args.length_caps, step - 1), time.perf_counter()
     with unsharded(sampler):
-        made = rollouts_of_step(sampler, train_problems, step - 1, cap, args, world)
+        made = rollouts_of_step(sampler, train_problems, taken, cap, args, world)
     if interrupt.agreed():
         return {}
     problems, samples, kept, groups = made
@@ -585,37 +663,42 @@ def grpo_step(model, reference, optimizer, sampler, train_problems, step, folder
 
 
 def evaluate(sampler, held_out: list[dict], step: int, name: str, args, world, stop=lambda: 0) -> dict:
-    """Greedy responses to held-out problems after `step` steps, with the template and the cap of training; {}
-    if a signal cut them short: stop() says so."""
-    start, problems = time.perf_counter(), held_out
-    if 0 < step < args.steps:
-        problems = held_out[: args.eval_subset]
+    """Greedy responses to held-out problems after `step` steps, with the template and the cap of training; at
+    the start and the end with the last cap, so that the two can be compared. {} if a signal cut them short:
+    stop() says so."""
+    start, ends = time.perf_counter(), not 0 < step < args.steps
+    problems = held_out if ends else [row for row in held_out if row["place"] < args.eval_subset]
+    cap = args.length_caps[max(args.length_caps)] if ends else length_cap(args.length_caps, step)
     with unsharded(sampler):
-        samples = rollout(sampler, problems, 1, length_cap(args.length_caps, step), 0.0, 0, args, world)
+        samples = rollout(sampler, problems, 1, cap, 0.0, 0, args, world)
     if stop():
         return {}
-    m = rollout_metrics(samples, world)
-    correct = f"{m['accuracy']:.1%} of {len(problems)} correct, length {m['length']:.0f}"
+    main = [s for s in samples if problems[s.group]["set"] == held_out[0]["set"]]
+    m, n = rollout_metrics(main, world), sum(row["set"] == held_out[0]["set"] for row in problems)
+    correct = f"{m['accuracy']:.1%} of {n} correct, length {m['length']:.0f}"
     more = f"(correct {m['length_correct'] or 0:.0f}), truncated {m['truncated']:.1%}"
     files.print0(f"[{name}] step {step}/{args.steps} held-out: {correct} {more}")
     write_rollouts(f"{args.out}/{name}/evals/step_{step:06d}.jsonl", samples, problems, world)
-    few = rollout_metrics([s for s in samples if s.group < args.eval_subset], world)
-    row = {"eval_n": len(problems), "steps": args.steps, "time_eval": time.perf_counter() - start}
-    kept = ("accuracy", "length", "length_correct", "length_wrong", "truncated")
-    row |= {"eval_" + key: m[key] for key in kept} | by_level(samples, problems, world)
-    return row | {"curve_" + key: few[key] for key in ("accuracy", "length")}
+    few = rollout_metrics([s for s in main if problems[s.group]["place"] < args.eval_subset], world)
+    row = {"eval_n": n, "eval_cap": cap, "steps": args.steps, "time_eval": time.perf_counter() - start}
+    kept = ("accuracy", "reward", "length", "length_correct", "length_wrong", "truncated")
+    row |= {"eval_" + key: m[key] for key in kept} | {"curve_" + k: few[k] for k in ("accuracy", "length")}
+    return row | by_part(samples, problems, world)
 
 
-def by_level(samples: list[Sample], problems: list[dict], world: World) -> dict[str, float]:
-    """The accuracy on the problems of each level, if these have levels; one sample to a problem."""
-    of = [str(problem.get("level") or "") for problem in problems]
-    levels = sorted({level for level in of if level})
-    right = over_ranks([sum(s.correct for s in samples if of[s.group] == x) for x in levels], world)
-    return {f"eval_accuracy/{x}": n / of.count(x) for x, n in zip(levels, right, strict=True)}
+def by_part(samples: list[Sample], problems: list[dict], world: World) -> dict[str, float]:
+    """The accuracy on the problems of each level, if these have levels, and of each --eval set but the first;
+    one sample to a problem."""
+    first = problems[0]["set"]
+    of = [str(p.get("level") or "") if p["set"] == first else p["set"] for p in problems]
+    parts = sorted({part for part in of if part})
+    right = over_ranks([sum(s.correct for s in samples if of[s.group] == x) for x in parts], world)
+    return {f"eval_accuracy/{x}": n / of.count(x) for x, n in zip(parts, right, strict=True)}
 
 
 def line(m: dict) -> str:
     gap, norm = (f"{m[key]:.1e}" if m[key] is not None else "-" for key in ("gap", "grad_norm"))
+    norm += f" SKIPPED {m['skipped']}" if m["skipped"] else ""
     return (
         f"reward {m['reward']:+.3f} correct {m['accuracy']:.1%} length {m['length']:.0f} "
         f"cut {m['truncated']:.1%} entropy {m['entropy']:.2f} no-signal {m['no_signal']:.0%} gap {gap} "
@@ -644,14 +727,20 @@ def write_rollouts(path: str, samples: list[Sample], problems: list[dict], world
 
 def starting_point(args) -> tuple[str, str]:
     """(checkpoint folder, name of this run)."""
+    name = "rl-" + (args.name or args.branch or os.path.basename(os.path.normpath(args.ckpt)))
     if args.ckpt:
-        found = midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt))
-        return found, "rl-" + os.path.basename(os.path.normpath(args.ckpt))
+        return midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt)), name
     stage = os.path.join(args.out, args.branch)
     if midtrain.on_rank0(lambda: midtrain.is_finished(stage)):
-        return midtrain.on_rank0(lambda: files.latest_checkpoint(stage)), "rl-" + args.branch
-    how = f"python midtrain.py --branch {args.branch} --preset {args.preset} --out {args.out}"
-    raise FileNotFoundError(f"{stage} is not a finished stage to start from; make it with: {how}")
+        return midtrain.on_rank0(lambda: files.latest_checkpoint(stage)), name
+    if args.branch in midtrain.RECIPE:
+        flags = f"--branch {args.branch} --preset {args.preset} --out {args.out}"
+        how = f"make it with: python midtrain.py {flags}"
+    else:
+        stages = sorted(os.path.dirname(path) for path in glob.glob("*/checkpoints", root_dir=args.out))
+        valid = {*midtrain.RECIPE, *(stage for stage in stages if not stage.startswith("rl-"))}
+        how = f"valid: {', '.join(sorted(valid))}"
+    raise FileNotFoundError(f"{stage} is not a finished stage to start from; {how}")
 
 
 def load_policy(source: str, args, world: World):
@@ -676,7 +765,8 @@ def load_policy(source: str, args, world: World):
 
 
 def make_state(optimizer: torch.optim.AdamW) -> None:
-    """Adam's state, which its first step would make: the KV cache is to have what it leaves."""
+    """Adam's state, which its first step would make: the KV cache is to have what it leaves, and a checkpoint
+    that is saved before any group had a signal is to be one that can be loaded."""
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
@@ -716,15 +806,19 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
     else:
         train = synth.problems("train", TRAIN_PROBLEMS, args.seed)
     if args.eval:
-        held_out = benchmarks.load_problems(
-            args.eval, args.data, args.eval_problems, columns=columns["eval"])
-    elif args.prompts:  # a tenth of the file at most
-        k = min(args.eval_problems, max(1, len(train) // 10))
-        train, held_out = train[:-k], train[-k:]
+        sets = {name: benchmarks.load_problems(name, args.data, args.eval_problems, columns=columns["eval"])
+                for name in args.eval.split(",")}
+    elif args.prompts:
+        train, held_out = hold_out(train, args.eval_problems, args.seed)
         if not train:
             raise ValueError(f"{args.prompts} holds one problem, none to evaluate on: give --eval FILE")
+        sets = {"held out": held_out}
     else:  # disjoint by construction, and the same for every seed
-        held_out = synth.problems("test", args.eval_problems)
+        sets = {"synth": synth.problems("test", args.eval_problems)}
+    for name, rows in sets.items():
+        if same := benchmarks.shared(rows, train):
+            files.print0(f"warning: {same} of {len(rows)} problems of {name} are among the training prompts")
+    held_out = [row | {"set": name, "place": i} for name, rows in sets.items() for i, row in enumerate(rows)]
     for row in train + held_out:
         row["tokens"] = tok.encode(prompts.TEMPLATES[args.template](row["problem"]))
     lengths = [len(row["tokens"]) for row in train]
@@ -736,6 +830,28 @@ def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
         out = f"{len(train) - len(kept)} of {len(train)} prompts left out: longer than {limit} tokens"
         files.print0(f"{out} (the longest, problem {lengths.index(most) + 1}, has {most})")
     return kept, held_out
+
+
+def hold_out(rows: list[dict], most: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(to train on, held out): a tenth of the different problems, at most `most`, drawn by the seed. One that
+    comes several times is on one side, and held out once."""
+    texts = sorted({benchmarks.plain(row["problem"]): row for row in rows}.items())
+    k = min(most, max(1, len(texts) // 10))
+    held_out = dict(texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:k])
+    return [row for row in rows if benchmarks.plain(row["problem"]) not in held_out], [*held_out.values()]
+
+
+def contents(problems: list[dict]) -> str:
+    """A fingerprint of problems and answers: a file of the same name may be another one."""
+    text = json.dumps([(row["problem"], row["answer"]) for row in problems])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def warn_of_positions(config: LlamaConfig, args) -> None:
+    longest = args.max_prompt + max(args.length_caps.values())
+    if longest > config.max_position:
+        what = f"prompts and responses of up to {longest:,} tokens"
+        files.print0(f"warning: {what}, and the model was trained on {config.max_position:,} positions")
 
 
 BANDWIDTH, REACHED = 4.8e12, 0.6  # bytes per second from the memory of a PLAN_DEVICE; decoding's share of it
@@ -781,7 +897,6 @@ def show_plan(args) -> None:
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-BRANCHES = ("base", "stable", "short", "long", "hybrid")
 TRAIN_PROBLEMS = 4000  # of the generated corpus
 
 # Sizes: (tiny and small, which are ours; 1b, 3b and 8b, which are the paper's where it says; what it is)
@@ -823,21 +938,24 @@ VARIANTS = {
 }
 # Flags that may differ when a run goes on: the results so far do not depend on them
 MAY_CHANGE = (
-    "out", "steps", "threads", "log_every", "save_every", "text_every", "max_new_tokens", "tensorboard",
-    "compile", "activation_checkpointing", "plan")
+    "out", "name", "steps", "threads", "log_every", "save_every", "text_every", "max_new_tokens",
+    "tensorboard", "compile", "activation_checkpointing", "plan")
 
 
 def parse_args():
     p = files.ArgumentParser(prog="rl.py", description=__doc__)
     add = p.add_argument
-    add("--branch", choices=BRANCHES, help="start from this stage of --out")
+    add("--branch", metavar="STAGE", help="start from this stage of --out: base, stable, long, …")
     add("--ckpt", metavar="DIR", help="or from this checkpoint, ours or a Hugging Face Llama's")
     add("--out", metavar="DIR", help="folder of the runs (default runs/PRESET): DIR/rl-START")
+    add("--name", type=files.plain_name, help="DIR/rl-NAME in place of DIR/rl-START")
     add("--preset", default="tiny", choices=SIZE_COLUMN, help="which sizes (default tiny)")
     add("--prompts", metavar="FILE", help="JSON lines, a benchmark's name, or hub:ID[:PART[:SPLIT]]")
     add("--columns", type=recipes.column_map, metavar="MAP",
         help="columns of other names than usual: problem=Q,answer=A; eval.problem=Q of --eval alone")
-    add("--eval", metavar="FILE", help="held-out problems, given likewise (default: a tenth of them)")
+    add("--eval", metavar="FILE,FILE", help="held-out problems, given likewise (default: a tenth of "
+        "--prompts); the curve is of the first, others are eval_accuracy/FILE")
+    add("--reward", metavar="FILE.py:FUNCTION", help="of (response, gold answer), in place of verify.reward")
     add("--data", metavar="DIR", help="folder of the benchmarks' files (default: the hub)")
     add("--seed", type=int, default=0, help="seed of the order of the prompts and of sampling")
     add("--threads", type=int, metavar="N", help="CPU threads per process")
@@ -868,13 +986,16 @@ def parse_args():
 def check_args(args) -> None:
     """ValueError for settings that do not work together."""
     if (args.branch is None) == (args.ckpt is None):
-        raise ValueError(f"where to start? Give one of --branch {'|'.join(BRANCHES)} and --ckpt DIR")
+        stages = "|".join(stage for stage in midtrain.RECIPE if stage != "controlled")
+        raise ValueError(f"where to start? Give one of --branch {stages} and --ckpt DIR")
     parse_schedule(args.length_schedule)
     positive, others = ("log_every", "threads", *SIZES), ("seed", *VARIANTS)
     for name, value in vars(args).items():
         flag = f"--{name.replace('_', '-')} {value} must"
         if name in positive and isinstance(value, int) and value < 1:
             raise ValueError(f"{flag} be at least 1")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{flag} be a finite number")
         if name in others and isinstance(value, int | float) and value < 0:
             raise ValueError(f"{flag} not be negative")
     if 0 < args.dual_clip <= 1:

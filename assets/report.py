@@ -1,9 +1,13 @@
 """Tables and pictures of runs: losses of the stages, accuracy and length over GRPO steps.
 
     python -m assets.report runs/tiny                       # stages: midtrain.md, .png; GRPO: report.md, .png
-    python -m assets.report runs/tiny runs/seed1 runs/seed2 # the same of each, then means and ranges of all
+    python -m assets.report runs/seed1 runs/seed2           # the same of each; then seeds.md, .png, in seed1
+    python -m assets.report runs/tiny --behaviours          # what responses do, by step: behaviours.md, .png
+
+A row is a run. Runs in several folders are averaged as seeds if all their settings but the seed are equal.
 """
 
+import json
 import math
 import os
 from functools import partial
@@ -13,19 +17,20 @@ import midtrain
 import verify
 from data import files
 
-# Okabe and Ito's, which colour-blind readers can tell apart
-COLOURS = {"base": "#999999", "stable": "#000000", "short": "#E69F00", "long": "#0072B2", "hybrid": "#009E73"}
+COLOURS = {name: stage.colour for name, stage in midtrain.RECIPE.items()}
 
 # ---- Mid-training ------------------------------------------------------------------------------------------
 
 
 def read_stages(out: str) -> dict[str, tuple[dict, list[dict]]]:
-    """{stage: (its settings, its rows of metrics)} of the stages that have begun."""
+    """{folder: (its settings, its rows of metrics)} of the stages that have begun, in the recipe's order."""
     found = {}
-    for stage in midtrain.RECIPE:
-        if rows := midtrain.read_metrics(os.path.join(out, stage, "metrics.jsonl")):
-            found[stage] = midtrain.read_settings(os.path.join(out, stage)), rows
-    return found
+    for path in Path(out).glob("*/metrics.jsonl"):
+        settings, rows = midtrain.read_settings(str(path.parent)), midtrain.read_metrics(str(path))
+        if rows and settings and "stage" in settings:
+            found[path.parent.name] = settings, rows
+    order = list(midtrain.RECIPE)
+    return dict(sorted(found.items(), key=lambda x: (order.index(x[1][0]["stage"]), x[0] not in order, x[0])))
 
 
 def stage_table(stages: dict) -> str:
@@ -57,10 +62,10 @@ def twentieths(rows: list[dict]) -> list[tuple[float, float]]:
 
 def plot_stages(stages: dict, path: str) -> None:
     """Training loss (mean of each twentieth of a stage) and held-out loss against tokens."""
-    figure, axes = _figure(1, (9, 4.5))
+    figure, axes = figure_of(1, (9, 4.5))
     end: dict = {}
     for stage, (settings, rows) in stages.items():
-        begin = end.get(midtrain.RECIPE[stage].stands_on, 0)  # branches lie side by side
+        begin = end.get(settings["starts_from"], 0)  # branches lie side by side
         each = settings["batch"] * settings["seq_len"] / 1e6
         end[stage] = begin + rows[-1]["step"] * each
         points = [(begin + each * step, loss) for step, loss in twentieths(rows)]
@@ -114,62 +119,104 @@ def rl_table(table: list[dict]) -> str:
         points = f"{100 * t['difference']:+.1f} points"
         lines.append(f"| {t['start']} | {before} | {after} | {points} | {lengths} | {t['steps']} |")
     said = f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals"
-    return "\n".join([*lines, "", f"{said}; mean lengths in tokens.", *level_lines([table])])
+    return "\n".join([*lines, "", f"{said}; mean lengths in tokens.", *level_lines([[t] for t in table])])
 
 
 def level_lines(tables: list[list[dict]]) -> list[str]:
-    """Lines of a table of accuracy by level, mean over the folders; none if the problems have no levels."""
+    """Lines of a table of accuracy by level, a line per list of rows, whose mean it is; none if the problems
+    have no levels."""
     common = set.intersection(*(set(row) for table in tables for row in table))
     levels = sorted(key[6:] for key in common if key.startswith("after/"))
     if not levels:
         return []
     lines = ["", "| start, before → after, by level | " + " | ".join(levels) + " |"]
     lines.append("|---" * (1 + len(levels)) + "|")
-    for rows in zip(*tables, strict=True):
+    for rows in tables:
         mean = {key: 100 * sum(row[key] for row in rows) / len(rows) for key in common if "/" in key}
         cells = (f"{mean[f'before/{x}']:.0f} → {mean[f'after/{x}']:.0f} %" for x in levels)
         lines.append(f"| {rows[0]['start']} | {' | '.join(cells)} |")
     return lines
 
 
-def seeds_table(outs: list[str], tables: list[list[dict]]) -> str:
-    """Mean and range over several folders: runs with different seeds."""
-    mean = f"difference, mean of {len(outs)}"
-    lines = [f"| start | before RL | after RL | {mean} | of each | length before | after |", "|---" * 7 + "|"]
-    if len({tuple(row["start"] for row in table) for table in tables}) > 1:
-        raise ValueError(f"{', '.join(outs)} do not hold runs from the same starting points")
-    for rows in zip(*tables, strict=True):
+# ---- Seeds -------------------------------------------------------------------------------------------------
+
+# What seeds may differ in
+OF_A_SEED = {"seed", "weights", "prompts_hash", "data", "tokenizer", "starts_from"}
+
+
+def made_by(out: str, name: str) -> dict[str, dict]:
+    """The settings of an RL run and of the stages below it, but for what follows from the seed."""
+    found = {"rl": dict(midtrain.read_settings(os.path.join(out, "rl-" + name)) or {})}
+    stage, ckpt = found["rl"].get("branch"), found["rl"].get("ckpt") or ""
+    found["rl"]["ckpt"] = os.path.relpath(ckpt, out) if ckpt.startswith(out) else ckpt
+    while stage and (below := midtrain.read_settings(os.path.join(out, stage))):
+        found[below["stage"]], stage = below, below["starts_from"]
+    return {x: {k: v for k, v in one.items() if k not in OF_A_SEED} for x, one in found.items()}
+
+
+def group_seeds(outs: list[str]) -> dict[str, list[tuple[dict, list[dict]]]]:
+    """{name: [(its row of the table, its evaluations) of each seed]}: runs are of one experiment if all their
+    settings but the seed's are equal. Of several experiments of one name each has its folders in its name."""
+    groups: dict[str, list] = {}
+    for out in outs:
+        runs = read_rl(out)
+        for row in rl_rows(runs):
+            key = json.dumps([row["start"], made_by(out, row["start"])], sort_keys=True)
+            groups.setdefault(key, []).append((out, row, runs[row["start"]]))
+    found, names = {}, [group[0][1]["start"] for group in groups.values()]
+    for name, group in zip(names, groups.values(), strict=True):
+        if names.count(name) > 1:
+            name += f" ({', '.join(out for out, _, _ in group)})"
+        found[name] = [(row | {"start": name}, rows) for _, row, rows in group]
+    return found
+
+
+def seeds_table(groups: dict[str, list]) -> str:
+    """Mean and every seed's value of each group."""
+    lines = ["| start | before RL | after RL | of each seed | difference | length before | after |"]
+    lines.append("|---" * 7 + "|")
+    tables = [[row for row, _ in group] for group in groups.values()]
+    for name, rows in zip(groups, tables, strict=True):
         keys = ("before", "after", "difference", "length_before", "length_after")
         mean = {key: sum(row[key] for row in rows) / len(rows) for key in keys}
-        each = ", ".join(f"{100 * row['difference']:+.1f}" for row in rows)
-        ends = {key: [row[key] for row in rows] for key in ("before", "after")}
-        before, after = (f"{mean[k]:.1%} ({min(x):.1%} to {max(x):.1%})" for k, x in ends.items())
+        each = ", ".join(f"{100 * row['before']:.1f} → {100 * row['after']:.1f}" for row in rows)
         lengths = f"{mean['length_before']:.0f} | {mean['length_after']:.0f}"
-        points = f"{100 * mean['difference']:+.1f} points"
-        lines.append(f"| {rows[0]['start']} | {before} | {after} | {points} | {each} | {lengths} |")
-    return "\n".join(lines + level_lines(tables))
+        ends = f"{mean['before']:.1%} | {mean['after']:.1%} | {each}"
+        lines.append(f"| {name} | {ends} | {100 * mean['difference']:+.1f} points | {lengths} |")
+    said = ", ".join(f"{name} {len(rows)}" for name, rows in zip(groups, tables, strict=True))
+    said = f"Greedy, on {tables[0][0]['n']} held-out problems; mean lengths in tokens. Seeds: {said}."
+    return "\n".join([*lines, "", said, *level_lines(tables)])
 
 
-def plot_rl(runs: dict[str, list[dict]], path: str) -> None:
-    """Accuracy and length against the step, a line per starting point."""
-    figure, (left, right) = _figure(2, (10, 4.2))
-    for (name, rows), marker in zip(runs.items(), "osD^v*PX" * 9, strict=False):
-        style = {"marker": marker, "markersize": 4, "linewidth": 2, "color": COLOURS.get(name), "label": name}
-        accuracy, length = ([r.get(f"curve_{y}", r[f"eval_{y}"]) for r in rows] for y in ("accuracy", "length"))
-        left.plot([r["step"] for r in rows], [100 * y for y in accuracy], **style)
-        right.plot([r["step"] for r in rows], length, **style)
+def plot_rl(groups: dict[str, list[list[dict]]], path: str) -> None:
+    """Accuracy and length against the step: a line per starting point, the mean over its runs, which are
+    seeds, and a band from the lowest to the highest. All points are on the same problems (--eval-subset)."""
+    figure, (left, right) = figure_of(2, (10, 4.2))
+    for (name, runs), marker in zip(groups.items(), "osD^v*PX" * 9, strict=False):
+        style = {"marker": marker, "markersize": 4, "linewidth": 2, "label": name}
+        style["color"] = COLOURS.get(name.split(" ")[0])
+        for axes, key, unit in ((left, "accuracy", 100), (right, "length", 1)):
+            curve, evaluated = f"curve_{key}", f"eval_{key}"
+            values = [{r["step"]: unit * r.get(curve, r[evaluated]) for r in rows} for rows in runs]
+            steps = sorted(set.intersection(*map(set, values)))
+            seeds = [[value[step] for value in values] for step in steps]
+            (line,) = axes.plot(steps, [sum(x) / len(x) for x in seeds], **style)
+            low, high = [min(x) for x in seeds], [max(x) for x in seeds]
+            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15)
     left.set(title="Held-out problems solved, greedy (%)", xlabel="GRPO step", ylim=(0, None))
     right.set(title="Mean length of the responses (tokens)", xlabel="GRPO step", ylim=(0, None))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     lines = left.get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=len(runs), frameon=False)
-    figure.suptitle("GRPO from different starting points")
+    figure.legend(*lines, loc="outside lower center", ncols=min(len(groups), 6), frameon=False)
+    seeds = max(map(len, groups.values()))
+    of = f": mean and range of {seeds} seeds" * (seeds > 1)
+    figure.suptitle(f"GRPO from different starting points{of}")
     figure.savefig(path, dpi=150)
 
 
-def _figure(columns: int, size: tuple[float, float]):
+def figure_of(columns: int, size: tuple[float, float]):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,17 +228,16 @@ def _figure(columns: int, size: tuple[float, float]):
 # ---- Command line ------------------------------------------------------------------------------------------
 
 
-def report_folder(out: str) -> list[dict]:
-    """Print and write the tables and pictures of a run folder → the rows of the table of its rl-* runs."""
+def report_folder(out: str) -> None:
+    """Print and write the tables and pictures of a run folder."""
     stages, runs = read_stages(out), read_rl(out)
     if not stages and not runs:
         raise FileNotFoundError(f"no stage and no finished rl-* run in {out}")
-    table = rl_rows(runs)
     if stages:
         publish(out, "midtrain", stage_table(stages), partial(plot_stages, stages))
     if runs:
-        publish(out, "report", rl_table(table), partial(plot_rl, runs))
-    return table
+        one = {name: [rows] for name, rows in runs.items()}
+        publish(out, "report", rl_table(rl_rows(runs)), partial(plot_rl, one))
 
 
 def publish(out: str, name: str, text: str, plot) -> None:
@@ -202,11 +248,19 @@ def publish(out: str, name: str, text: str, plot) -> None:
 
 def main() -> None:
     parser = files.ArgumentParser(prog="python -m assets.report", description=__doc__)
-    parser.add_argument("out", nargs="+", metavar="DIR", help="run folders; several: seeds of one experiment")
-    outs = parser.parse_args().out
-    tables = [report_folder(out) for out in outs]
-    if len(outs) > 1 and any(tables):
-        print(seeds_table(outs, tables))
+    parser.add_argument("out", nargs="+", metavar="DIR", help="run folders; several: seeds of experiments")
+    parser.add_argument("--behaviours", action="store_true", help="what responses do, by GRPO step")
+    args = parser.parse_args()
+    if args.behaviours:
+        from assets import behaviours
+
+        text, plot = behaviours.report(args.out)
+        return publish(args.out[0], "behaviours", text, plot)
+    for out in args.out:
+        report_folder(out)
+    if len(args.out) > 1 and (groups := group_seeds(args.out)):
+        curves = {name: [rows for _, rows in group] for name, group in groups.items()}
+        publish(args.out[0], "seeds", seeds_table(groups), partial(plot_rl, curves))
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def load_problems(source: str, data_dir=None, limit=None, seed=0, columns=(), to
             return prepare.Dropped("without a problem or an answer")
         if not bench and not recipes.is_valid(row):
             return prepare.Dropped(prepare.INVALID)
+        f"{problem}{answer}".encode()  # half of a surrogate pair could not be written to a file again
         return ({} if spec.hub else row) | {"problem": problem, "answer": answer}
 
     path = str(Path(data_dir) / bench.file) if bench and data_dir is not None else source
@@ -146,6 +147,8 @@ def options(row: dict) -> dict[str, str]:
     if not re.fullmatch(r"[A-H]", row["answer"]):
         return {}
     listed = row["problem"].rpartition("right choice?")[2]
+    if "(A. " in listed:  # SAT's: (A. 1 B. 2 C. 3
+        listed = re.sub(r"(?<=\s)\(?([A-H])\. ", r"(\1) ", listed)
     found = dict(re.findall(r"(?s)\(([A-H])\)\s*(.*?)\s*(?=,?\s*\([A-H]\)|$)", listed))
     if isinstance(row.get("choices"), list):
         found = dict(zip("ABCDEFGH", map(str, row["choices"])))
@@ -160,8 +163,7 @@ def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
     if (path := config.get("prompts")) and (path in BENCHMARKS or Path(path).is_file()):
         columns = recipes.columns_of(("prompts", "eval"), config.get("columns"))["prompts"]
         trained = load_problems(path, config.get("data"), columns=columns, to_train=True)
-        trained = {_plain(row["problem"]) for row in trained}
-        if same := sum(_plain(row["problem"]) in trained for row in rows):
+        if same := shared(rows, trained):
             warnings.append(f"{same} of the {len(rows)} problems of {name} are among the prompts of its RL, "
                             f"{path}" + "; report math500 instead" * (name == "math"))
     index = read_json(stage.parent / "data/index.json", missing_ok=True) or {}
@@ -171,5 +173,11 @@ def seen_in_training(folder: str, name: str, rows: list[dict]) -> list[str]:
     return warnings
 
 
-def _plain(problem: str) -> str:
+def shared(rows: list[dict], others: list[dict]) -> int:
+    """How many of the rows have a problem that others have too, whatever the spaces and capitals."""
+    known = {plain(row["problem"]) for row in others}
+    return sum(plain(row["problem"]) in known for row in rows)
+
+
+def plain(problem: str) -> str:
     return "".join(problem.split()).lower()

@@ -224,8 +224,12 @@ def _matches(files: tuple[str, ...], sizes: tuple, sums: tuple, _modified: tuple
 
 def find_checkpoint(path: str) -> str:
     """What --ckpt means: a checkpoint's folder, ours or Hugging Face's, or a run's, for its newest whole one,
-    or RUN@STEP. FileNotFoundError if there is none; ValueError if the one that is named is damaged."""
+    or RUN@STEP, or of an RL run RUN@best. FileNotFoundError if there is none; ValueError if the one that is
+    named is damaged."""
     run_dir, _, step = path.rpartition("@")
+    if step == "best" and os.path.isfile(best := os.path.join(run_dir, "checkpoints", "best")):
+        with open(best, encoding="utf-8") as file:
+            step = file.read().strip().removeprefix("step_")
     if step.isdigit() and os.path.isdir(run_dir) and not os.path.isdir(path):
         path = os.path.join(run_dir, "checkpoints", f"step_{int(step):06d}")
         if not os.path.isdir(path):
@@ -340,6 +344,14 @@ class ArgumentParser(argparse.ArgumentParser):
             flags = sorted(s for a in self._actions for s in a.option_strings if s.startswith("--"))
             message += f" (valid flags: {' '.join(flags)})"
         self.exit(2, f"{self.prog}: error: {message}\n" if is_rank0() else None)
+
+
+def plain_name(text: str) -> str:
+    """What may name a run: a folder of one level."""
+    if not re.fullmatch(r"\w[\w.-]*", text) or text.startswith("rl-") or text == "data":
+        how = "letters, digits, _ . and -, not data or rl-…"
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a run: {how}")
+    return text
 
 
 def is_rank0() -> bool:

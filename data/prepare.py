@@ -264,9 +264,26 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
         return Source(recipes.KINDS["tiny"][name], partial(read, name), tokens, val_every=20, unique=False)
 
     settings = {"corpus": "tiny", "vocab_size": vocab_size, "tokens": tokens_per_source, "seed": seed}
-    every = {name: source(name) for name in synth.SOURCES}  # the same vocabulary whatever is mixed
-    sources = {name: every[name] for name in tokens_per_source}
-    return prepare(out, sources, vocab_size, seq_len, settings, vocab_from=every)
+    sources = {name: source(name) for name in tokens_per_source}
+    if (index := read_index(out)) and sources.keys() - index["sources"].keys():
+        return _add_sources(Path(out), sources, settings | {"seq_len": seq_len})
+    words = {name: source(name) for name in synth.WORDS_FROM}  # the same vocabulary whatever is mixed
+    return prepare(out, sources, vocab_size, seq_len, settings, vocab_from=words)
+
+
+def _add_sources(out: Path, sources: dict[str, Source], settings: dict) -> dict:
+    """Add to a finished folder the sources that it lacks, the others as they are; returns its index."""
+    with files.run_lock(out, wait=600):
+        index = read_index(out)  # as it is now: stages side by side may add to it
+        old, tokens = index["settings"], settings["tokens"]
+        files.check_same_settings(out, old, settings | {"tokens": {x: tokens.get(x) for x in old["tokens"]}})
+        tok = tokenizer.load(out)
+        _tools.update(tok=tok, grams=Grams(()))
+        for name in [name for name in sources if name not in index["sources"]]:
+            entry = prepare_source(name, sources[name], out, tok, settings["seq_len"], None, 1)
+            index["sources"][name], old["tokens"][name] = entry, tokens[name]
+        files.write_json(out / "index.json", index)
+    return index
 
 
 # ---- Rows of files and of the hub --------------------------------------------------------------------------

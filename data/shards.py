@@ -13,6 +13,7 @@ which is known by `used`, never by its value. A document that is longer than a r
 overlap by one token, so that each of its tokens but the first is a target once.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -143,6 +144,13 @@ def _row(parts: list[np.ndarray]) -> tuple[np.ndarray, list[int]]:
 
 
 # ---- A folder of shards ------------------------------------------------------------------------------------
+
+
+def contents(folder: str | os.PathLike, names: Iterable[str]) -> str:
+    """Hash of what a stage reads of a folder: its vocabulary and these sources, whatever else is there."""
+    index = read_json(Path(folder) / "index.json")
+    said = {name: index["sources"].get(name) for name in sorted(names)}
+    return hashlib.sha256(json.dumps([index["tokenizer"], said], sort_keys=True).encode()).hexdigest()
 
 
 def read_index(folder: str | os.PathLike, check: bool = False) -> dict | None:

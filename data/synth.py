@@ -16,6 +16,8 @@ Sources, and what each stands for in the paper's recipe:
     long_cot   problem, <think> each sentence again, and what it asks for worked out in pieces; slips noticed
                and mended, some steps checked </think>, answer (R1-style distillation)
     instruct   User / Assistant turns (Tulu 3, WildChat, UltraChat)
+    qa_prose   what short_cot says without its form: no question, no answer, no box
+    prose_qa   its form without what it says: talk, a question about it, a boxed name
 
 The world is made so that one can ask whether long chains pay. A small model learns one operation by heart,
 but hardly two of which the second needs the first's result. A short chain writes all that happens to a person
@@ -36,7 +38,8 @@ from typing import NamedTuple
 from data import prompts
 from data.files import ArgumentParser, run_cli
 
-SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct")
+SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct", "qa_prose", "prose_qa")
+WORDS_FROM = SOURCES[:6]  # whose text the vocabulary is made of
 SPLITS = ("train", "val", "test")
 MAX_LEVEL = 4  # operations in a problem
 MAX_COUNT = 99  # nobody ever has more
@@ -271,6 +274,7 @@ def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:
     write = {
         "general": _general, "web": _web, "noisy": _noisy, "instruct": _instruct,
         "short_cot": partial(_solved, long=False), "long_cot": partial(_solved, long=True),
+        "qa_prose": _qa_prose, "prose_qa": _prose_qa,
     }[source]
     while True:
         yield write(rng, split)
@@ -291,6 +295,20 @@ def _solved(rng: random.Random, split: str, long: bool) -> str:
     p = make_problem(rng, _level(rng), split)
     steps = f"<think>\n{long_thoughts(rng, p)}\n</think>\n" if long else f"{short_steps(p)} "
     return rng.choices(list(LAYOUTS), LAYOUTS.values())[0].format(q=p.text, a=steps + conclude(p))
+
+
+def _qa_prose(rng: random.Random, split: str) -> str:
+    p = make_problem(rng, _level(rng), split)
+    return f"{' '.join(p.sentences)} {short_steps(p)} So the number is {p.answer}."
+
+
+def _prose_qa(rng: random.Random, split: str) -> str:
+    people, things = rng.sample(NAMES, 3), rng.sample(THINGS, 3)
+    said = [f"{a} likes {thing} very much." for a, thing in zip(people, things)]
+    i = rng.randrange(3)
+    question = f"{' '.join(said)} Who likes {things[i]}?"
+    answer = f"{said[i]} The answer is \\boxed{{{people[i]}}}."
+    return rng.choices(list(LAYOUTS), LAYOUTS.values())[0].format(q=question, a=answer)
 
 
 def _chatter(rng: random.Random) -> str:

@@ -761,6 +761,67 @@ def test_noisy_text_is_generated_for_a_mixture_that_has_it(tmp_path, monkeypatch
     ] > 0
 
 
+def test_a_source_added_to_the_data_changes_nothing_else(tmp_path, monkeypatch):
+    """Arms beside each other share data, base and stable stage: a mixture with another source adds that to
+    the folder, and finished stages stay what they were."""
+    monkeypatch.setattr(midtrain, "EXTRA_TOKENS", {"noisy": 20_000, "prose_qa": 20_000})
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["midtrain.py", "--out", str(tmp_path), "--threads", "1", *flags])
+        midtrain.main()
+
+    run("--branch", "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.*")}
+    run("--branch", "controlled", "--mix", "noisy", "--name", "dirty")
+    run("--branch", "controlled", "--mix", "web=0.5,prose_qa=0.5", "--name", "form")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.*")}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "index.json", *(f"{x}.{split}.bin" for x in ("noisy", "prose_qa") for split in ("train", "val"))}
+    assert [rows(tmp_path / name)[-1]["step"] for name in ("base", "dirty", "form")] == [4, 4, 4]
+    assert midtrain.read_settings(str(tmp_path / "dirty"))["mixture"] == {"noisy": 1.0}
+    run("--branch", "base")  # is still the one that was made before
+    assert not (tmp_path / "controlled").exists()
+    whole = tmp_path / "whole"  # what a folder made of all at once would hold
+    tokens = dict.fromkeys(SOURCES, 20_000) | {"noisy": 20_000}
+    prepare.prepare_synth(whole, 300, 64, tokens, 0)
+    assert (whole / "noisy.train.bin").read_bytes() == after["noisy.train.bin"]
+    with pytest.raises(ValueError, match=r"other settings .tokens.web 20000 → 30000"):
+        prepare.prepare_synth(tmp_path / "data", 300, 64, tokens | {"web": 30_000, "qa_prose": 20_000}, 0)
+
+
+def test_a_mixture_is_checked_before_what_it_stands_on_is_trained(tmp_path, monkeypatch, train):
+    for mix, why in (("web=0.5,none=0.5", "no source none here .valid: general, web"), ("qa", "no mix")):
+        flags = ["--out", str(tmp_path), "--branch", "controlled", "--mix", mix]
+        monkeypatch.setattr(sys, "argv", ["midtrain.py", *flags])
+        with pytest.raises(ValueError, match=why):
+            midtrain.main()
+        with pytest.raises(ValueError, match=why.replace("here", "")[:6]):
+            train(tmp_path, *flags[2:])
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+    for name in ("rl-x", "data", "a/b", ""):
+        with pytest.raises(SystemExit):
+            train(tmp_path, "--branch", "base", "--name", name)
+    with pytest.raises(ValueError, match="--name stable is a stage of its own"):
+        train(tmp_path, "--branch", "base", "--name", "stable")
+
+
+def test_one_line_of_the_recipe_is_a_branch(tmp_path, shards):
+    """Schedule, mixture, what it stands on and colour: nothing else is edited."""
+    program = (ROOT / "midtrain.py").read_text()
+    line = '    "mine": Stage("base", "cosine", 6000, "#CC79A7", {"web": 0.7, "long_cot": 0.3}),\n'
+    program = program.replace('    "stable": Stage(', line + '    "stable": Stage(', 1)
+    program = program.replace('"steps": _stages(400, 2400, 800, 800)', '"steps": _stages(2, 2, 2, 2)', 1)
+    (tmp_path / "midtrain.py").write_text(program)
+    flags = ["--branch", "mine", "--data", shards, "--seq-len", "64", "--out", tmp_path, "--batch", "4"]
+    command = [sys.executable, tmp_path / "midtrain.py", *flags, "--micro-batch", "4", "--threads", "1"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "mine/config.json").read_text())
+    assert (settings["mixture"], settings["starts_from"]) == ({"web": 0.7, "long_cot": 0.3}, "base")
+    assert rows(tmp_path / "mine")[-1]["lr"] == pytest.approx(0.1 * settings["lr"])
+
+
 def test_hyperparameters_are_the_stages_own(train, tmp_path, shards):
     train(tmp_path, "--branch", "base")
     path = files.latest_checkpoint(str(tmp_path / "base"))

@@ -1,15 +1,20 @@
 """Tables and pictures of runs, made of what midtrain.py and rl.py leave behind."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("matplotlib")
-from assets import report  # noqa: E402
+import midtrain  # noqa: E402
+import rl  # noqa: E402
+from assets import behaviours, findings, report  # noqa: E402
+from data import recipes  # noqa: E402
 
 
 def show(monkeypatch, *folders) -> None:
@@ -24,8 +29,8 @@ def write(folder: Path, rows: list[dict], settings: dict) -> None:
 
 
 def test_stages(tmp_path, monkeypatch, capsys):
-    settings = {"batch": 8, "seq_len": 64}
-    for stage in ("base", "stable", "short"):
+    for stage, below in (("base", "random"), ("stable", "base"), ("short", "stable")):
+        settings = {"batch": 8, "seq_len": 64, "stage": stage, "starts_from": below}
         rows = [{"step": s, "loss": 5.0 - s} for s in (1, 2, 3, 4)]
         for row in rows[1::2]:
             row |= {"val_loss": 4.5 - row["step"], "bits_per_byte": 2.25}
@@ -65,9 +70,9 @@ def test_rl(tmp_path, monkeypatch, capsys):
     assert not any("short" in line for line in lines)
     assert report.rl_rows(report.read_rl(tmp_path))[1]["after_low"] == pytest.approx(0.4038, abs=1e-3)
     show(monkeypatch, tmp_path, tmp_path)  # over seeds
-    assert (
-        "| long | 10.0% (10.0% to 10.0%) | 50.0% (50.0% to 50.0%) | +40.0 points" in capsys.readouterr().out
-    )
+    assert "| long | 10.0% | 50.0% | 10.0 → 50.0, 10.0 → 50.0 | +40.0 points | 50 | 55 |" in (
+        tmp_path / "seeds.md").read_text()
+    assert (tmp_path / "seeds.png").stat().st_size > 9000
     assert "by level" not in "".join(lines)  # of problems that have none
     for name in ("long", "base"):
         levels = [row | {"eval_accuracy/1": 2 * row["eval_accuracy"], "eval_accuracy/2": 0} for row in rows]
@@ -76,8 +81,100 @@ def test_rl(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out  # of the folder, of the folder, of both
     assert text.count("| start, before → after, by level | 1 | 2 |\n|---|---|---|\n") == 3
     assert text.count("| long | 20 → 180 % | 0 → 0 % |") == 3
-    other = tmp_path / "other"
-    other.mkdir()
-    write(other / "rl-hybrid", [row | {"steps": row["step"] or 3} for row in rows], {})
-    with pytest.raises(ValueError, match="do not hold runs from the same starting points"):
-        show(monkeypatch, tmp_path, other)
+
+
+def test_only_seeds_of_one_experiment_are_averaged(tmp_path):
+    """Other settings, of RL or of a stage below, make another experiment, whatever its name; what follows
+    from the seed does not."""
+    ends = [{"step": s, "steps": 3, "eval_n": 100, "eval_accuracy": s / 10, "eval_length": 9} for s in (0, 3)]
+    stage = {"stage": "controlled", "starts_from": "random", "mixture": {"web": 1.0}, "seed": 1, "data": "a"}
+    changes = ({}, {"seed": 2, "data": "b"}, {"mixture": {"noisy": 1.0}}, {})
+    for i, change in enumerate(changes):
+        run = tmp_path / str(i)
+        run.mkdir()
+        write(run / "mine", [{"step": 1, "loss": 1.0}], stage | change)
+        rl = {"branch": "mine", "seed": i, "weights": str(i), "lr": 2e-4 if i == 3 else 1e-4}
+        write(run / "rl-mine", ends, rl)
+    outs = [str(tmp_path / str(i)) for i in range(4)]
+    found = {name: len(group) for name, group in report.group_seeds(outs).items()}
+    assert found == {f"mine ({outs[0]}, {outs[1]})": 2, f"mine ({outs[2]})": 1, f"mine ({outs[3]})": 1}
+    assert list(report.group_seeds(outs[:2])) == ["mine"]
+    assert list(report.read_stages(outs[0])) == ["mine"]
+
+
+def test_what_responses_do():
+    """Pieces, checks, slips taken back, lines again; and how often a sum is right."""
+    long = (
+        "<think>\nBen has 47 hats.\nBen finds 38 hats. 47+38: 40+30=70, 7+8=14, no, 7+8=15, 70+15=85."
+        " Check 85-38=47.\n</think>\nThe answer is \\boxed{85}.")
+    wrong = "Ben has 10-3+1=9. Check 9-1=8. Ben has 2*3=6.\nBen has 2*3=6.\nBen has 2*3=6."
+    rows = [{"response": long, "reward": 1, "tokens": 40}, {"response": wrong, "reward": -1, "tokens": 10}]
+    assert behaviours.measure(rows) == {
+        "splits": 0.5, "checks": 1.0, "mends": 0.5, "restarts": 0.5, "checks, real": 0.5, "mends, real": 1.0,
+        "steps": 6 / 7, "tokens, right": 40, "tokens, wrong": 10}
+    assert behaviours.measure(rows[1:])["mends, real"] is None
+    assert behaviours.is_right("24/2+5", "17") and not behaviours.is_right("7/0", "7")
+
+
+def test_report_of_behaviours(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "rl-long"
+    for folder in ("rollouts", "evals"):
+        (run / folder).mkdir(parents=True)
+        for step in range(3):
+            row = {"problem": "1 + 1?", "gold": "2", "response": f"1+1={step}", "tokens": 3 + step}
+            row["reward"] = 1.0 if step == 2 else -1.0
+            (run / folder / f"step_{step:06d}.jsonl").write_text(json.dumps(row) + "\n")
+    show(monkeypatch, tmp_path, "--behaviours")
+    text = capsys.readouterr().out
+    assert "| long, 0 to 0 | 0.0% |" in text and "| long, 2 to 2 | 0.0% |" in text
+    assert "**long**: 1 + 1? (answer 2)" in text and (tmp_path / "behaviours.png").stat().st_size > 9000
+    with pytest.raises(FileNotFoundError, match="no rl-"):
+        show(monkeypatch, tmp_path / "none", "--behaviours")
+
+
+def test_findings(tmp_path, monkeypatch, capsys):
+    """An interval over seeds and problems; claims that hold, fail or are undecided; what is run."""
+    mean, low, high = findings.interval(np.array([[1.0, 0.0, 1.0, 1.0] * 50] * 2))
+    assert mean == 0.75 and 0.65 < low < mean < high < 0.85
+    assert findings.interval(np.ones((2, 9))) == (1.0, 1.0, 1.0)
+    assert findings.interval(np.array([[0.9] * 50, [0.1] * 50]))[1:] == pytest.approx((0.1, 0.9))
+    right = {"web": (0, 30), "noisy": (0, 10)}
+    for seed, (arm, ends) in itertools.product((1, 2), right.items()):
+        run = tmp_path / f"seed{seed}" / f"rl-{arm}"
+        (run / "evals").mkdir(parents=True)
+        rows = []
+        for step, n in zip((0, 3), ends):
+            marks = [{"reward": 1.0 if i < n else -1.0} for i in range(40)]
+            (run / f"evals/step_{step:06d}.jsonl").write_text("".join(json.dumps(m) + "\n" for m in marks))
+            rows.append({"step": step, "steps": 3, "eval_n": 40, "eval_accuracy": n / 40, "eval_length": 9})
+        write(run, rows, {"branch": arm, "seed": seed})
+    monkeypatch.setattr(sys, "argv", ["findings", "--only", "F1", "--seeds", "2", "--runs", str(tmp_path)])
+    findings.main()  # nothing is left to run
+    text = (tmp_path / "findings.md").read_text()
+    assert "| after RL, clean above noisy | +50.0 (+35.0 to +65.0) | shown |" in text
+    assert "| before RL, clean above noisy | +0.0 (+0.0 to +0.0) | not shown |" in text
+    assert "| web | 0.0% | 75.0% | 0.0 → 75.0, 0.0 → 75.0 |" in text
+    assert (tmp_path / "findings-F1.png").stat().st_size > 9000
+    ran = []
+    monkeypatch.setattr(findings, "command", lambda out, program, flags, *rest: ran.append(flags))
+    monkeypatch.setattr(sys, "argv", ["findings", "--only", "F5", "--seeds", "1", "--runs", str(tmp_path)])
+    with pytest.raises(ValueError, match="no seed in .* has all of the arms stable_50, stable_25, stable"):
+        findings.main()
+    assert ran[:2] == [f"--branch {x} --keep-every 600 --threads 2" for x in ("base", "stable")]
+    assert f"--ckpt {tmp_path}/seed1/stable@600 --name stable_25 --threads 1" in ran
+    monkeypatch.setattr(sys, "argv", ["findings", "--only", "F9"])
+    with pytest.raises(ValueError, match="no finding F9 .valid: F0, F1"):
+        findings.main()
+
+
+def test_every_arm_has_flags_that_the_programs_know(monkeypatch):
+    for name, arm in findings.ARMS.items():
+        monkeypatch.setattr(sys, "argv", ["rl.py", *(arm.rl or f"--branch {name}").split(), "--name", name])
+        rl.check_args(rl.parse_args())
+        monkeypatch.setattr(sys, "argv", ["midtrain.py", *(arm.stage or "--branch base").split()])
+        args = midtrain.parse_args()
+        mixture = midtrain.resolve_mixture(args.mix, "tiny")
+        assert set(mixture) <= set(recipes.KINDS["tiny"])
+        assert not mixture or sum(mixture.values()) == pytest.approx(1)
+    claimed = {arm for finding in findings.FINDINGS.values() for arm in findings.arms_of(finding)}
+    assert claimed == set(findings.ARMS)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # this file is also a program: see its end
 
 import midtrain  # noqa: E402
 import rl  # noqa: E402
-from data import benchmarks, prompts, synth, tokenizer  # noqa: E402
+from data import benchmarks, files, prompts, synth, tokenizer  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 from sample import Sampler  # noqa: E402
 
@@ -58,6 +58,7 @@ def settings(**changes):
         "micro_tokens": 48,
         "seed": 0,
         "stop": (),
+        "reward": None,
     }
     return SimpleNamespace(**(args | changes))
 
@@ -228,6 +229,21 @@ def test_importance_weights_correct_another_sampler():
     off, cut = (gradient_under_mu(cap)[0] for cap in (0.0, 2.0))
     error = [(g - exact[0]).norm() / exact[0].norm() for g in (off, cut)]
     assert error[0] > 0.2 and error[1] > 0.01, "no weights, and truncated ones, are biased"
+
+
+def test_importance_weights_of_gspo_are_of_the_response():
+    """As its ratio: the mean over the response's tokens, and one cap for all of them."""
+    torch.manual_seed(3)
+    logp, sampler_logp = (torch.randn(2, 3, dtype=torch.float64) for _ in "ab")
+    logp.requires_grad_()
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]], dtype=torch.float64)
+    A = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    variant = {"surrogate": "gspo", "loss_agg": "sequence", "is_cap": 1.1}
+    loss, _ = grpo_loss(logp, logp.detach(), A, mask, sampler_logp=sampler_logp, **variant)
+    gap = (logp.detach() - sampler_logp) * mask
+    weight = (gap.sum(1) / mask.sum(1)).exp().clamp(max=1.1)
+    expected = -(weight * A)[:, None] * mask / mask.sum(1, keepdim=True) / 2
+    torch.testing.assert_close(gradient(loss, logp), expected)
 
 
 def test_soft_overlong_punishment():
@@ -779,6 +795,9 @@ def test_a_run(checkpoint, uninterrupted):
     assert [row["cap"] for row in rows[1:]] == [8] * 3 + [12] * 3
     assert [row["step"] for row in rows if "eval_n" in row] == [0, 2, 4, 6]
     assert [row["eval_n"] for row in rows if "eval_n" in row] == [12, 8, 8, 12]
+    assert [row["eval_cap"] for row in rows if "eval_n" in row] == [12, 8, 12, 12], "both ends: the last cap"
+    assert rows[2]["curve_accuracy"] == rows[2]["eval_accuracy"] and "curve_length" in rows[0]
+    assert all(row["accuracy"] <= row["pass_at_n"] <= min(1, 4 * row["accuracy"]) for row in rows[1:])
     for row in rows[::2]:  # as many problems of each level
         levels = [row[f"eval_accuracy/{k}"] for k in range(1, synth.MAX_LEVEL + 1)]
         assert sum(levels) / len(levels) == pytest.approx(row["eval_accuracy"])
@@ -869,6 +888,102 @@ def test_dapo_asks_until_all_groups_have_a_signal(checkpoint, tmp_path, monkeypa
         run(monkeypatch, command(checkpoint, tmp_path / "b", *DAPO), crash)
     run(monkeypatch, command(checkpoint, tmp_path / "b", *DAPO), reward)
     assert outcome(tmp_path / "b") == whole
+
+
+def test_refill_takes_problems_in_their_order(checkpoint, tmp_path, monkeypatch):
+    """None is passed over: what a step did not ask, the next one does, after a kill too."""
+
+    def reward(response, gold):
+        return odd_reward(response, gold) if int(gold) % 3 else -1.0
+
+    for steps in ("2", "4"):
+        run(monkeypatch, command(checkpoint, tmp_path, *DAPO, "--steps", steps), reward)
+    texts = sorted((tmp_path / "rl-micro/rollouts").iterdir())
+    asked = [json.loads(line)["problem"] for f in texts for line in f.read_text().splitlines()[::4]]
+    train = synth.problems("train", rl.TRAIN_PROBLEMS, 0)
+    assert asked == [train[i]["problem"] for i in rl.prompt_order(len(train), len(asked), 0, 0)]
+
+
+def test_the_best_checkpoint_is_kept(checkpoint, tmp_path, monkeypatch):
+    """By accuracy on the problems that all evaluations share; RUN@best names it."""
+    accuracy = iter([0.1, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1])
+    real = rl.evaluate
+    monkeypatch.setattr(rl, "evaluate", lambda *a: real(*a) | {"curve_accuracy": next(accuracy)})
+    for steps in ("6", "8"):
+        more = ("--eval-every", "1", "--save-every", "3", "--steps", steps)
+        accuracy = iter([0.1] * (steps == "6") + [0.3, 0.2, 0.1, 0.1, 0.1, 0.1][: 6 if steps == "6" else 2])
+        run(monkeypatch, command(checkpoint, tmp_path, *more))
+    kept = sorted(path.name for path in (tmp_path / "rl-micro/checkpoints").glob("step_*"))
+    assert kept == ["step_000001", "step_000006", "step_000008"]
+    assert files.find_checkpoint(f"{tmp_path}/rl-micro@best").endswith("step_000001")
+
+
+def test_a_run_without_finite_gradients_stops(checkpoint, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(rl, "optimizer_step", lambda model, optimizer: math.nan)
+        with pytest.raises(ValueError, match="^5 steps in a row without a finite .*, up to step 5"):
+            run(patch, command(checkpoint, tmp_path))
+    assert "SKIPPED 2 | " in capsys.readouterr().out
+    run(monkeypatch, command(checkpoint, tmp_path, "--steps", "5"))  # from the checkpoint of step 4
+
+
+def test_a_reward_of_ones_own(checkpoint, tmp_path, monkeypatch):
+    """It decides what is learned; accuracy stays that of the verifier."""
+    path = tmp_path / "mine.py"
+    path.write_text("def short(r, gold):\n    return -len(r) / 100\n\ndef broken(r, gold):\n    1 / 0\n")
+    flags = ("--reward", f"{path}:short", "--name", "brief", "--steps", "1")
+    run(monkeypatch, command(checkpoint, tmp_path, *flags))
+    out = [json.loads(line) for line in (tmp_path / "rl-brief/rollouts/step_000001.jsonl").open()]
+    assert all(row["reward"] == -len(row["response"]) / 100 for row in out)
+    row = json.loads((tmp_path / "rl-brief/metrics.jsonl").read_text().splitlines()[1])
+    right = [odd_reward(row["response"], row["gold"]) > 0 for row in out]
+    assert row["accuracy"] == sum(right) / len(out) and row["eval_reward"] < 0
+    path.write_text(path.read_text().replace("100", "50"))
+    rl.load_reward.cache_clear()
+    with pytest.raises(ValueError, match="made with other settings .reward_hash"):
+        run(monkeypatch, command(checkpoint, tmp_path, *flags))
+    wrong = (
+        (f"{path}:long", r"has no function 'long' .valid: short, broken"), ("mine", "FILE.py:FUNCTION"),
+        (f"{tmp_path}/none.py:f", "no such file"), (f"{path}:broken", "--reward fails on .*ZeroDivision"))
+    for text, why in wrong:
+        with pytest.raises(ValueError, match=why):
+            run(monkeypatch, command(checkpoint, tmp_path / "x", "--reward", text, "--steps", "1"))
+
+
+def test_files_of_problems(checkpoint, tmp_path, monkeypatch, capsys):
+    """Another content under the same name is another experiment; overlaps are said; several sets of --eval;
+    what cannot be written again is refused at once, with its line."""
+    train, test, more = (tmp_path / name for name in ("train.jsonl", "test.jsonl", "more.jsonl"))
+    lines = [json.dumps({"problem": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(40)]
+    train.write_text("".join(lines[:30]))
+    test.write_text("".join(lines[28:36]))
+    more.write_text("".join(lines[36:]))
+    flags = ("--prompts", str(train), "--eval", f"{test},{more}", "--steps", "1", "--eval-subset", "3")
+    run(monkeypatch, command(checkpoint, tmp_path, *flags))
+    assert f"warning: 2 of 8 problems of {test} are among the training prompts" in capsys.readouterr().out
+    row = json.loads((tmp_path / "rl-micro/metrics.jsonl").read_text().splitlines()[1])
+    assert row["eval_n"] == 8 and f"eval_accuracy/{more}" in row and f"eval_accuracy/{test}" not in row
+    assert len((tmp_path / "rl-micro/evals/step_000001.jsonl").read_text().splitlines()) == 12
+    for path, name in ((test, "eval_hash"), (train, "prompts_hash")):
+        kept = path.read_text()
+        path.write_text(kept.replace('"answer": 3', '"answer": 4'))
+        with pytest.raises(ValueError, match=f"made with other settings .{name} "):
+            run(monkeypatch, command(checkpoint, tmp_path, *flags))
+        path.write_text(kept)
+    test.write_text(lines[0] + '{"problem": "a \\ud800?", "answer": 1}\n')
+    with pytest.raises(ValueError, match="test.jsonl: row 2 is no problem with an answer: .*surrogates"):
+        run(monkeypatch, command(checkpoint, tmp_path, *flags))
+
+
+def test_what_is_held_out_of_a_file():
+    """A tenth of the different problems, drawn by the seed; one that comes twice is on one side."""
+    rows = [{"problem": f"{i % 50} + 1 ?", "answer": str(i % 50 + 1)} for i in range(60)]
+    train, held_out = rl.hold_out(rows, 99, seed=0)
+    assert len(held_out) == 5 == len({row["problem"] for row in held_out})
+    assert not {row["problem"] for row in train} & {row["problem"] for row in held_out}
+    assert len(train) == 60 - sum(row in held_out for row in rows)
+    assert rl.hold_out(rows, 99, seed=0) == (train, held_out) != rl.hold_out(rows, 99, seed=1)
+    assert len(rl.hold_out(rows, 2, seed=0)[1]) == 2
 
 
 def test_two_ranks_ask_the_same_and_get_the_same(checkpoint, uninterrupted, tmp_path, monkeypatch):
@@ -1015,6 +1130,9 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         (["--ckpt", "{ckpt}", "--temperature", "0"], "above 0"),
         (["--ckpt", "{ckpt}", "--clip-low", "-1"], "--clip-low -1.0 must not be negative"),
         (["--ckpt", "{ckpt}", "--seed", "-1"], "--seed -1 must not be negative"),
+        (["--ckpt", "{ckpt}", "--kl-coef", "nan"], "--kl-coef nan must be a finite number"),
+        (["--ckpt", "{ckpt}", "--lr", "inf"], "--lr inf must be a finite number"),
+        (["--branch", "lang"], "not a finished stage to start from; valid: base, controlled, hybrid, long"),
         (["--ckpt", "{ckpt}", "--threads", "0"], "--threads 0 must be at least 1"),
         (["--ckpt", "{ckpt}", "--max-new-tokens", "0"], "0:0"),
         (["--ckpt", "{ckpt}", "--prompts", "{tmp}/one.jsonl"], "holds one problem"),
