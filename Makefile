@@ -50,7 +50,7 @@ $(STARTS:%=rl-%): rl-%:
 	@$(PY) rl.py --branch $* $(FEWRL) $(BESIDE)
 
 SEEDS ?= 3
-ONLY  ?= F0,F1,F2,F3,F4,F5,F6,QA
+ONLY  ?= F0,F1,F2,F3,F4,F5,F6,QA,W
 
 findings: $(VENV)/run.ok
 	@$(PY) -m assets.findings --only $(ONLY) --seeds $(SEEDS) --jobs $(JOBS)

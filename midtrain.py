@@ -151,7 +151,9 @@ RUNS = {
     "3b": _paper(2e-5, 2, 3e-5),
     "8b": _paper(1e-5, 1, 1e-5),
 }
-EXTRA_TOKENS = {"noisy": 4_000_000, "qa_prose": 300_000, "prose_qa": 300_000}  # if a mixture has this source
+# Generated only for a mixture that has this source
+EXTRA_TOKENS = {"noisy": 4_000_000, "qa_prose": 300_000, "prose_qa": 300_000,
+                "short_one": 900_000, "long_whole": 900_000}
 
 # ---- Optimizer, schedule, loss, the step -------------------------------------------------------------------
 
@@ -292,18 +294,12 @@ def run_stage(stage: str, args, world: World) -> None:
     evaluate = partial(validate, model, loader, settings.mixture, args.micro_batch, world, token_bytes(tok))
     log = MetricsLog(stage_dir, start, args.tensorboard, evaluate(lambda: 0) if late else {})
     speed, meta = Speed(settings, world), {"stage": stage, "origin": meta.get("origin", source)}
-    begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
-    begin += f" ({source})" if source not in (None, settings.starts_from) else ""
-    work = f"{model.config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps of {args.batch} x"
-    where = f"{settings.dtype} on {world.size} x {world.device.type}{', compiled' if args.compile else ''}"
-    where += f", {again} of {model.config.num_layers} blocks computed twice" if again else ""
-    files.print0(f"[{name}] {begin}: {work} {args.seq_len} tokens, {where}")
+    announce(name, start, source, settings, model.config, again, args, world)
     files.print0(f"[{name}] epochs by the end: {in_words(loader.epochs(settings.steps), '.2g')}")
 
     def save(step: int) -> str:
         said = meta | {"skipped": skips, "settings": asdict(settings)}
-        keep = lambda n: args.keep_every and n % args.keep_every == 0  # noqa: E731
-        return save_checkpoint(stage_dir, step, model, optimizer, tok, said, keep)
+        return save_checkpoint(stage_dir, step, model, optimizer, tok, said, args.keep_every)
 
     with Interrupt(name, world) as interrupt:
         for step in range(start + 1, settings.steps + 1):
@@ -344,6 +340,16 @@ def run_stage(stage: str, args, world: World) -> None:
 
 
 # ---- Below: what a stage needs, then what is shared with rl.py and verify.py -------------------------------
+
+
+def announce(name, start, source, settings: Settings, config: LlamaConfig, again: int, args, world) -> None:
+    """Say what begins, or goes on after step `start`."""
+    begin = f"goes on after step {start}" if start else f"starts from {settings.starts_from}"
+    begin += f" ({source})" if source not in (None, settings.starts_from) else ""
+    work = f"{config.num_params() / 1e6:.1f}M parameters, {settings.steps} steps of {args.batch} x"
+    where = f"{settings.dtype} on {world.size} x {world.device.type}{', compiled' if args.compile else ''}"
+    where += f", {again} of {config.num_layers} blocks computed twice" if again else ""
+    files.print0(f"[{name}] {begin}: {work} {args.seq_len} tokens, {where}")
 
 
 def folder_of(stage: str, args) -> str:
@@ -767,10 +773,10 @@ def open_folder(folder: str, settings: dict) -> str | None:
 
 
 def save_checkpoint(
-    stage_dir: str, step: int, model: Llama, optimizer, tok: Tokenizer, meta: dict, keep=lambda step: False
+    stage_dir: str, step: int, model: Llama, optimizer, tok: Tokenizer, meta: dict, every=None, best=0
 ) -> str:
     """Write a checkpoint aside, rename it, then let `latest` name it (for people) → its path. All but the
-    last KEEP and those of steps with keep(step) are deleted. Called by every rank. OSError: the earlier
+    last KEEP, every `every`-th and the step `best` are deleted. Called by every rank. OSError: the earlier
     ones are untouched.
 
     The folder is Hugging Face's; `state` in it holds weights and optimizer in shards that any number of ranks
@@ -786,7 +792,7 @@ def save_checkpoint(
         small = model.config.num_params() <= WHOLE
         full = states.get_model_state_dict(model, options=whole) if small else {}
         meta = meta | {"step": step, "tokenizer": tok.hash}
-        on_rank0(lambda: _publish(aside, final, model, full, tok, meta, keep))
+        on_rank0(lambda: _publish(aside, final, model, full, tok, meta, every, best))
     except (OSError, dcp.CheckpointException) as error:
         free = shutil.disk_usage(stage_dir).free >> 20
         shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
@@ -810,7 +816,7 @@ def hash_state(checkpoint: str) -> None:
     files.KNOWN.update(item for part in parts for item in part.items())
 
 
-def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, keep) -> None:
+def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, every, best) -> None:
     parts = dcp.FileSystemReader(os.path.join(aside, "state")).read_metadata().storage_data.values()
     for name in sorted({part.relative_path for part in parts}):
         if not os.path.exists(os.path.join(aside, "state", name)):
@@ -827,12 +833,14 @@ def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta:
     os.rename(aside, final)
     folder, name = os.path.split(final)
     files.write_text(os.path.join(folder, "latest"), name)
+    if best:
+        files.write_text(os.path.join(folder, "best"), f"step_{best:06d}")
     steps = {path: int(path.rsplit("_", 1)[1]) for path in files.checkpoints(os.path.dirname(folder))}
     for later in [path for path in steps if steps[path] > meta["step"]]:  # damaged: this run began before it
         files.remove(later)
         del steps[later]
     for old in list(steps)[KEEP:]:
-        if not keep(steps[old]):
+        if steps[old] != best and (not every or steps[old] % every):
             files.remove(old)
 
 

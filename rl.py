@@ -303,6 +303,12 @@ def load_reward(text: str) -> Callable[[str, str], float]:
     return found
 
 
+def reward_hash(text: str) -> str:
+    """Of the file that --reward names, which must load."""
+    load_reward(text)
+    return files.file_hash(text.rpartition(":")[0])[:16]
+
+
 def rollouts_of_step(sampler: Sampler, train: list[dict], taken: int, cap: int, args, world: World):
     """(problems, all samples, those to learn from, of how many groups). All follows from the seed and from
     `taken`, how many times a step's number of problems was taken before.
@@ -555,10 +561,9 @@ def train(args, world: World) -> None:
     train_problems, held_out = read_problems(args, tok)
     settings = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
     settings |= {"prompts_hash": contents(train_problems), "eval_hash": contents(held_out)}
-    if args.reward:
-        load_reward(args.reward)
-        settings["reward_hash"] = files.file_hash(args.reward.rpartition(":")[0])[:16]
+    settings |= {"reward_hash": reward_hash(args.reward)} if args.reward else {}
     args.length_caps, args.stop = parse_schedule(args.length_schedule), (*tok.stop_ids, *prompts.STOP)
+    warn_of_positions(model.config, args)
     optimizer = midtrain.make_optimizer(model, args.lr, weight_decay=0.0)
     make_state(optimizer)
     sampler = Sampler(model, tok, args.slots)
@@ -567,7 +572,6 @@ def train(args, world: World) -> None:
     start = meta.get("step", 0)
     past = Past(*meta.get("past", (start, 0, 0, -1.0)))  # an older version's run has none
     size_pool(sampler, meta.get("cache_tokens"), args, world)
-    warn_of_positions(model.config, args)
     late, begun = {}, time.perf_counter()
     due = folder, start, args.steps, args.eval_every, "eval_accuracy"
     if saved and midtrain.on_rank0(lambda: midtrain.unevaluated(*due)):
@@ -575,19 +579,14 @@ def train(args, world: World) -> None:
         is_best(late, start, past)
     log = midtrain.MetricsLog(folder, start if saved else -1, args.tensorboard, late)
     begin = f"goes on at step {start}" if saved else f"starts from {source}"
-    sizes = f"{len(train_problems)} problems, {len(held_out)} held out"
-    files.print0(f"[{name}] {begin}: {sizes}, {args.dtype} on {world.size} x {world.device.type}")
+    sizes = f"{len(train_problems)} problems, {len(held_out)} held out, {args.dtype}"
+    files.print0(f"[{name}] {begin}: {sizes} on {world.size} x {world.device.type}")
     meta = {"stage": name, "settings": settings, "cache_tokens": sampler.cache_tokens}
     at = start  # the step that was saved last
 
     def save(step: int) -> str:
         said = meta | {"past": astuple(past)}
-        path = midtrain.save_checkpoint(
-            folder, step, model, optimizer, tok, said, lambda n: n == past.best)
-        if past.best:
-            best = os.path.join(folder, "checkpoints/best"), f"step_{past.best:06d}"
-            midtrain.on_rank0(lambda: files.write_text(*best))
-        return path
+        return midtrain.save_checkpoint(folder, step, model, optimizer, tok, said, best=past.best)
 
     with midtrain.Interrupt(name, world) as interrupt:
         sampler.halted = lambda: interrupt.signum  # what it was doing then is dropped
@@ -603,9 +602,8 @@ def train(args, world: World) -> None:
             past.taken += row["problems"] // args.prompts_per_step
             if step % args.log_every == 0 or last:
                 took = time.perf_counter() - begun
-                left = midtrain.duration(took / (step - start) * (args.steps - step))
-                more = f"{midtrain.duration(took)}, {midtrain.peak_memory(world.device) / 2**30:.1f} GiB"
-                files.print0(f"[{name}] step {step}/{args.steps} {line(row)}, eta {left}, {more}")
+                left = took / (step - start) * (args.steps - step)
+                files.print0(f"[{name}] step {step}/{args.steps} {line(row, took, left, world)}")
             if step % args.eval_every == 0 or last:  # if a signal cuts it short: at the next start
                 row |= evaluate(sampler, held_out, step, name, args, world, interrupt.agreed)
             log.write(row)
@@ -696,14 +694,15 @@ def by_part(samples: list[Sample], problems: list[dict], world: World) -> dict[s
     return {f"eval_accuracy/{x}": n / of.count(x) for x, n in zip(parts, right, strict=True)}
 
 
-def line(m: dict) -> str:
+def line(m: dict, took: float, left: float, world: World) -> str:
     gap, norm = (f"{m[key]:.1e}" if m[key] is not None else "-" for key in ("gap", "grad_norm"))
     norm += f" SKIPPED {m['skipped']}" if m["skipped"] else ""
     return (
         f"reward {m['reward']:+.3f} correct {m['accuracy']:.1%} length {m['length']:.0f} "
         f"cut {m['truncated']:.1%} entropy {m['entropy']:.2f} no-signal {m['no_signal']:.0%} gap {gap} "
         f"norm {norm} | {m['time_rollout']:.1f} + {m['time_update']:.1f} s, "
-        f"{m['rollout_tokens_per_s']:,.0f} tokens/s"
+        f"{m['rollout_tokens_per_s']:,.0f} tokens/s, eta {midtrain.duration(left)}, "
+        f"{midtrain.duration(took)}, {midtrain.peak_memory(world.device) / 2**30:.1f} GiB"
     )
 
 

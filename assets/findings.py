@@ -58,6 +58,8 @@ ARMS = {
     "hybrid_20_10": Arm(9, f"{DECAY},web=0.55,long_cot=0.2,short_cot=0.1"),
     "qa_prose": Arm(6, f"{CONTROLLED} qa_prose=0.1,web=0.9"),
     "prose_qa": Arm(6, f"{CONTROLLED} prose_qa=0.1,web=0.9"),
+    "short_one": Arm(6, f"{DECAY},web=0.55,short_one=0.3"),
+    "long_whole": Arm(9, f"{DECAY},web=0.55,long_whole=0.3"),
 }
 
 
@@ -124,6 +126,13 @@ FINDINGS = {
         (Claim("questions and answers above the same as prose", "qa_short", "qa_prose"),
          Claim("that prose above web alone", "qa_prose", "web"),
          Claim("talk in question–answer form above web alone", "prose_qa", "web"))),
+    "W": Finding(
+        "What in this world gives long chains their advantage?",
+        "a question of this project, whose world was designed",
+        (Claim("short with one operation an equation above short", "short_one", "short"),
+         Claim("long above short with one operation an equation", "long", "short_one"),
+         Claim("long above long without pieces", "long", "long_whole"),
+         Claim("long without pieces above short", "long_whole", "short"))),
 }
 
 

@@ -151,7 +151,10 @@ def made_by(out: str, name: str) -> dict[str, dict]:
     found["rl"]["ckpt"] = os.path.relpath(ckpt, out) if ckpt.startswith(out) else ckpt
     while stage and (below := midtrain.read_settings(os.path.join(out, stage))):
         found[below["stage"]], stage = below, below["starts_from"]
-    return {x: {k: v for k, v in one.items() if k not in OF_A_SEED} for x, one in found.items()}
+    for one in found.values():  # the vocabulary is trained on a seed's text: words more or less
+        one["model"] = {k: v for k, v in one.get("model", {}).items() if k != "vocab_size"}
+    return {  # what is None may be a flag that the version of another run did not have
+        x: {k: v for k, v in one.items() if k not in OF_A_SEED and v is not None} for x, one in found.items()}
 
 
 def group_seeds(outs: list[str]) -> dict[str, list[tuple[dict, list[dict]]]]:

@@ -98,7 +98,8 @@ def load_problems(source: str, data_dir=None, limit=None, seed=0, columns=(), to
             return prepare.Dropped("without a problem or an answer")
         if not bench and not recipes.is_valid(row):
             return prepare.Dropped(prepare.INVALID)
-        f"{problem}{answer}".encode()  # half of a surrogate pair could not be written to a file again
+        if re.search("[\ud800-\udfff]", problem + answer):  # it could not be written to a file again
+            raise ValueError("it has half of a surrogate pair, which is no character")
         return ({} if spec.hub else row) | {"problem": problem, "answer": answer}
 
     path = str(Path(data_dir) / bench.file) if bench and data_dir is not None else source

@@ -115,6 +115,7 @@ CORPORA = {"paper": PAPER_SOURCES, "real": REAL_SOURCES}
 KINDS = {corpus: {name: spec.kind for name, spec in specs.items()} for corpus, specs in CORPORA.items()}
 KINDS["tiny"] = dict.fromkeys(("general", "web", "noisy", "qa_prose"), "text")
 KINDS["tiny"] |= dict.fromkeys(("short_cot", "long_cot", "instruct", "prose_qa"), "document")
+KINDS["tiny"] |= dict.fromkeys(("short_one", "long_whole"), "document")
 
 # Comparisons of a single factor (the paper, section 3; its findings F1, F2, F3, F6): one stage on one mixture
 # from the base. python midtrain.py --branch controlled --mix NAME

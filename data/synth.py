@@ -18,6 +18,8 @@ Sources, and what each stands for in the paper's recipe:
     instruct   User / Assistant turns (Tulu 3, WildChat, UltraChat)
     qa_prose   what short_cot says without its form: no question, no answer, no box
     prose_qa   its form without what it says: talk, a question about it, a boxed name
+    short_one  short_cot with one operation an equation: what remains of long_cot's advantage?
+    long_whole long_cot without pieces: each operation in one look
 
 The world is made so that one can ask whether long chains pay. A small model learns one operation by heart,
 but hardly two of which the second needs the first's result. A short chain writes all that happens to a person
@@ -38,7 +40,8 @@ from typing import NamedTuple
 from data import prompts
 from data.files import ArgumentParser, run_cli
 
-SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct", "qa_prose", "prose_qa")
+SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct", "qa_prose", "prose_qa",
+           "short_one", "long_whole")
 WORDS_FROM = SOURCES[:6]  # whose text the vocabulary is made of
 SPLITS = ("train", "val", "test")
 MAX_LEVEL = 4  # operations in a problem
@@ -212,8 +215,10 @@ def conclude(p: Problem) -> str:
     return f"The answer is \\boxed{{{p.answer}}}."
 
 
-def short_steps(p: Problem) -> str:
-    """One equation a person, whatever happens to their count: Ben has 47+38-12=73."""
+def short_steps(p: Problem, each: bool = False) -> str:
+    """One equation a person, whatever happens to their count: Ben has 47+38-12=73. each: one an operation."""
+    if each:
+        return " ".join(f"{s.lead} {s.a}{s.op}{s.b}={s.result}." for s in p.steps)
     lines = []
     for lead, steps in groupby(p.steps, lambda s: s.lead):  # all of a person's steps follow on each other
         first, *rest = steps
@@ -250,12 +255,13 @@ def check(s: Step) -> str:
     return f"Check {s.result}{op}{s.b}={s.a}."
 
 
-def long_thoughts(rng: random.Random, p: Problem, slips: float = 0.03, checks: float = 0.15) -> str:
-    """The story again, a sentence a line, and behind each what it asks for, worked out in pieces."""
+def long_thoughts(rng: random.Random, p: Problem, slips=0.03, checks=0.15, fine=True) -> str:
+    """The story again, a sentence a line, and behind each what it asks for, in pieces (if fine)."""
     lines = []
     for sentence, s in [*p.story, *([(p.final.lead, p.final)] if p.final else [])]:
         if s:
-            sentence += f" {work_out(s.a, s.op, s.b, rng, slips)}."
+            whole = f"{s.a}{s.op}{s.b}={s.result}"
+            sentence += f" {work_out(s.a, s.op, s.b, rng, slips) if fine else whole}."
             sentence += f" {check(s)}" if rng.random() < checks else ""
         lines.append(sentence)
     return "\n".join(lines)
@@ -275,6 +281,8 @@ def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:
         "general": _general, "web": _web, "noisy": _noisy, "instruct": _instruct,
         "short_cot": partial(_solved, long=False), "long_cot": partial(_solved, long=True),
         "qa_prose": _qa_prose, "prose_qa": _prose_qa,
+        "short_one": partial(_solved, long=False, fine=True),
+        "long_whole": partial(_solved, long=True, fine=False),
     }[source]
     while True:
         yield write(rng, split)
@@ -291,9 +299,13 @@ LAYOUTS = {
 }
 
 
-def _solved(rng: random.Random, split: str, long: bool) -> str:
+def _solved(rng: random.Random, split: str, long: bool, fine: bool | None = None) -> str:
+    """fine: in smaller or larger parts than usual, short chains an operation at a time, long ones whole."""
     p = make_problem(rng, _level(rng), split)
-    steps = f"<think>\n{long_thoughts(rng, p)}\n</think>\n" if long else f"{short_steps(p)} "
+    if long:
+        steps = f"<think>\n{long_thoughts(rng, p, fine=fine is not False)}\n</think>\n"
+    else:
+        steps = f"{short_steps(p, each=bool(fine))} "
     return rng.choices(list(LAYOUTS), LAYOUTS.values())[0].format(q=p.text, a=steps + conclude(p))
 
 

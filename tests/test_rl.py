@@ -971,7 +971,7 @@ def test_files_of_problems(checkpoint, tmp_path, monkeypatch, capsys):
             run(monkeypatch, command(checkpoint, tmp_path, *flags))
         path.write_text(kept)
     test.write_text(lines[0] + '{"problem": "a \\ud800?", "answer": 1}\n')
-    with pytest.raises(ValueError, match="test.jsonl: row 2 is no problem with an answer: .*surrogates"):
+    with pytest.raises(ValueError, match="test.jsonl: row 2 is no problem with an answer: .*surrogate pair"):
         run(monkeypatch, command(checkpoint, tmp_path, *flags))
 
 
