@@ -150,7 +150,7 @@ def options(row: dict) -> dict[str, str]:
     listed = row["problem"].rpartition("right choice?")[2]
     if "(A. " in listed:  # SAT's: (A. 1 B. 2 C. 3
         listed = re.sub(r"(?<=\s)\(?([A-H])\. ", r"(\1) ", listed)
-    found = dict(re.findall(r"(?s)\(([A-H])\)\s*(.*?)\s*(?=,?\s*\([A-H]\)|$)", listed))
+    found = dict(re.findall(r"(?s)(?<!\w)\(([A-H])\)\s*(.*?)\s*(?=,?\s*(?<!\w)\([A-H]\)|$)", listed))
     if isinstance(row.get("choices"), list):
         found = dict(zip("ABCDEFGH", map(str, row["choices"])))
     return found if row["answer"] in found else {}

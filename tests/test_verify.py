@@ -613,6 +613,17 @@ def test_finished_benchmarks_are_skipped_and_others_repeated_on_any_number_of_ra
     assert "other settings (dtype float32 → bfloat16; shots 2 → 0" in done.stderr
 
 
+def test_options_of_a_choice():
+    """Letters in brackets, or as SAT's are written; what only looks like a letter's option is text."""
+    ask = "Which?\nWhat of the following is the right choice? Explain your answer.\n"
+    forms = "(A) 1,190, (B) f(A) = 2, (C) -3", "(A) 1,190 (B) f(A) = 2 (C) -3", "(A. 1,190 B. f(A) = 2 C. -3"
+    for listed in forms:
+        found = benchmarks.options({"problem": ask + listed, "answer": "B"})
+        assert found.keys() == {"A", "B", "C"} and (found["A"], found["C"]) == ("1,190", "-3"), listed
+    assert benchmarks.options({"problem": ask + forms[0], "answer": "7"}) == {}
+    assert benchmarks.options({"problem": ask + forms[0], "answer": "E"}) == {}
+
+
 def test_one_door_for_problems(tmp_path, monkeypatch):
     """A benchmark's name, a file, a data set in the hub's format (here a local folder)."""
     write_lines(tmp_path / "own.jsonl", *({"problem": f"{i}?", "answer": i, "id": i} for i in range(4)))
