@@ -1227,8 +1227,9 @@ def main() -> None:
             args.compile = has_bf16(world.device)
         for newest in on_rank0(lambda: files.checkpoints(folder_of(args.branch, args))[:1]):
             hash_state(newest)
+        stages = on_rank0(lambda: stages_to_run(args))
         on_rank0(lambda: check_mixture(args))
-        for stage in on_rank0(lambda: stages_to_run(args)):
+        for stage in stages:
             with lock_for_all(folder_of(stage, args)):
                 run_stage(stage, args, world)
 
