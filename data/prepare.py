@@ -265,18 +265,23 @@ def prepare_synth(out, vocab_size: int, seq_len: int, tokens_per_source: dict[st
 
     settings = {"corpus": "tiny", "vocab_size": vocab_size, "tokens": tokens_per_source, "seed": seed}
     sources = {name: source(name) for name in tokens_per_source}
-    if (index := read_index(out)) and sources.keys() - index["sources"].keys():
-        return _add_sources(Path(out), sources, settings | {"seq_len": seq_len})
+    if index := read_index(out):
+        return _add_sources(Path(out), index, sources, settings | {"seq_len": seq_len})
     words = {name: source(name) for name in synth.WORDS_FROM}  # the same vocabulary whatever is mixed
     return prepare(out, sources, vocab_size, seq_len, settings, vocab_from=words)
 
 
-def _add_sources(out: Path, sources: dict[str, Source], settings: dict) -> dict:
+def _add_sources(out: Path, index: dict, sources: dict[str, Source], settings: dict) -> dict:
     """Add to a finished folder the sources that it lacks, the others as they are; returns its index."""
+    if not sources.keys() - index["sources"].keys():
+        files.check_same_settings(out, index["settings"], settings | {
+            "tokens": index["settings"]["tokens"] | settings["tokens"]})
+        return index
     with files.run_lock(out, wait=600):
         index = read_index(out)  # as it is now: stages side by side may add to it
         old, tokens = index["settings"], settings["tokens"]
-        files.check_same_settings(out, old, settings | {"tokens": {x: tokens.get(x) for x in old["tokens"]}})
+        own = {x: tokens.get(x, n) for x, n in old["tokens"].items()}  # of what others added: theirs
+        files.check_same_settings(out, old, settings | {"tokens": own})
         tok = tokenizer.load(out)
         _tools.update(tok=tok, grams=Grams(()))
         for name in [name for name in sources if name not in index["sources"]]:

@@ -783,6 +783,10 @@ def test_a_source_added_to_the_data_changes_nothing_else(tmp_path, monkeypatch):
     assert not (tmp_path / "controlled").exists()
     whole = tmp_path / "whole"  # what a folder made of all at once would hold
     tokens = dict.fromkeys(SOURCES, 20_000) | {"noisy": 20_000}
+    index = prepare.prepare_synth(tmp_path / "data", 300, 64, tokens, 0)  # knows nothing of what others added
+    assert index["settings"]["tokens"] == tokens | {"prose_qa": 20_000}
+    settings = {**index["settings"], "tokens": {"web": 20_000}}  # of two side by side one has an older index
+    prepare._add_sources(tmp_path / "data", {"sources": {}}, {"web": None}, settings)
     prepare.prepare_synth(whole, 300, 64, tokens, 0)
     assert (whole / "noisy.train.bin").read_bytes() == after["noisy.train.bin"]
     with pytest.raises(ValueError, match=r"other settings .tokens.web 20000 → 30000"):
