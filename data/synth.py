@@ -20,6 +20,9 @@ Sources, and what each stands for in the paper's recipe:
     prose_qa   its form without what it says: talk, a question about it, a boxed name
     short_one  short_cot with one operation an equation: what remains of long_cot's advantage?
     long_whole long_cot without pieces: each operation in one look
+    tool_cot   <think> each sentence again, and what it asks for as a call of a calculator, with its result
+               </think>, answer (the tool-integrated reasoning of the paper's outlook)
+    crawl      pages of web, of noisy, and such as are no mathematics: what data/curate.py begins with
 
 The world is made so that one can ask whether long chains pay. A small model learns one operation by heart,
 but hardly two of which the second needs the first's result. A short chain writes all that happens to a person
@@ -28,6 +31,7 @@ does. Where nothing changes twice, which is so in all problems of level 1, the s
 
     python -m data.synth --source long_cot -n 3      # prints documents
     python -m data.synth --problems test -n 5        # prints problems
+    python -m data.synth --source crawl -n 9000 --jsonl FILE     # writes rows {"text": …, "useful": …}
 """
 
 import random
@@ -38,10 +42,10 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 from data import prompts
-from data.files import ArgumentParser, run_cli
+from data.files import ArgumentParser, run_cli, write_jsonl
 
 SOURCES = ("general", "web", "noisy", "short_cot", "long_cot", "instruct", "qa_prose", "prose_qa",
-           "short_one", "long_whole")
+           "short_one", "long_whole", "crawl", "tool_cot")
 WORDS_FROM = SOURCES[:6]  # whose text the vocabulary is made of
 SPLITS = ("train", "val", "test")
 MAX_LEVEL = 4  # operations in a problem
@@ -267,6 +271,17 @@ def long_thoughts(rng: random.Random, p: Problem, slips=0.03, checks=0.15, fine=
     return "\n".join(lines)
 
 
+def tool_thoughts(p: Problem) -> str:
+    """The story again, a sentence a line, and behind each what it asks for as a call, with its result."""
+    lines = []
+    for sentence, s in [*p.story, *([(p.final.lead, p.final)] if p.final else [])]:
+        if s:
+            sentence += f" {prompts.CALL}{s.a}{s.op}{s.b}{prompts.END_CALL}\n"
+            sentence += f"{prompts.RESULT}{s.result}{prompts.END_RESULT}"
+        lines.append(sentence.removesuffix("\n"))
+    return "\n".join(lines)
+
+
 # ---- Documents ---------------------------------------------------------------------------------------------
 
 
@@ -283,6 +298,8 @@ def documents(source: str, seed: int, split: str = "train") -> Iterator[str]:
         "qa_prose": _qa_prose, "prose_qa": _prose_qa,
         "short_one": partial(_solved, long=False, fine=True),
         "long_whole": partial(_solved, long=True, fine=False),
+        "crawl": lambda rng, split: page(rng, split)[0],
+        "tool_cot": partial(_solved, long=True, tool=True),
     }[source]
     while True:
         yield write(rng, split)
@@ -299,11 +316,13 @@ LAYOUTS = {
 }
 
 
-def _solved(rng: random.Random, split: str, long: bool, fine: bool | None = None) -> str:
-    """fine: in smaller or larger parts than usual, short chains an operation at a time, long ones whole."""
+def _solved(rng: random.Random, split: str, long: bool, fine: bool | None = None, tool=False) -> str:
+    """fine: in smaller or larger parts than usual, short chains an operation at a time, long ones whole.
+    tool: long ones with calls of a calculator."""
     p = make_problem(rng, _level(rng), split)
     if long:
-        steps = f"<think>\n{long_thoughts(rng, p, fine=fine is not False)}\n</think>\n"
+        thoughts = tool_thoughts(p) if tool else long_thoughts(rng, p, fine=fine is not False)
+        steps = f"<think>\n{thoughts}\n</think>\n"
     else:
         steps = f"{short_steps(p, each=bool(fine))} "
     return rng.choices(list(LAYOUTS), LAYOUTS.values())[0].format(q=p.text, a=steps + conclude(p))
@@ -406,10 +425,26 @@ def _noisy(rng: random.Random, split: str) -> str:
     for i, ch in enumerate(text):
         if ch.isdigit() and rng.random() < 0.08:
             text[i] = str(rng.randint(0, 9))
-    words = "".join(text).split(" ")
-    for _ in range(rng.randint(1, 4)):
-        words.insert(rng.randrange(len(words) + 1), rng.choice(JUNK))
+    words = _with_menus(rng, "".join(text), rng.randint(1, 4))
     return " ".join(words[rng.randint(0, 3) :])
+
+
+def _with_menus(rng: random.Random, text: str, n: int) -> list[str]:
+    words = text.split(" ")
+    for _ in range(n):
+        words.insert(rng.randrange(len(words) + 1), rng.choice(JUNK))
+    return words
+
+
+def page(rng: random.Random, split: str) -> tuple[str, bool]:
+    """A page of an open crawl, and whether it is of use: three in ten are, four are broken, three are talk.
+    Menus may be on any of them."""
+    kind = rng.random()
+    if kind < 0.4:
+        return _noisy(rng, split), False
+    useful = kind < 0.7
+    text = _web(rng, split) if useful else " ".join(_chatter(rng) for _ in range(rng.randint(6, 16)))
+    return " ".join(_with_menus(rng, text, rng.randint(0, 2))), useful
 
 
 def _instruct(rng: random.Random, split: str) -> str:
@@ -457,12 +492,18 @@ def main() -> None:
     parser.add_argument("--problems", metavar="SPLIT", help="print problems of train, val or test instead")
     parser.add_argument("-n", type=int, default=3, help="number of documents or problems (default 3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generator (default 0)")
+    parser.add_argument("--jsonl", metavar="FILE", help="write documents there, of crawl with their labels")
     args = parser.parse_args()
     if args.problems:
         for row in problems(args.problems, args.n, args.seed):
             print(f"[{row['id']}, level {row['level']}] {row['problem']}\n  {row['solution']}\n")
         return
-    for text in islice(documents(args.source, args.seed), args.n):
+    rng = random.Random(f"crawl/{args.seed}/train")  # as documents() has it
+    texts = islice(documents(args.source, args.seed), args.n)
+    if args.jsonl:
+        label = (lambda: {"useful": page(rng, "train")[1]}) if args.source == "crawl" else dict
+        return write_jsonl(args.jsonl, ({"text": text} | label() for text in texts))
+    for text in texts:
         print(text, end="\n\n")
 
 
