@@ -1,5 +1,6 @@
 # make            the whole recipe on generated data: base → stable → three branches → GRPO from each → table and picture
 # make SMOKE=1    the same with a few steps of everything (runs/smoke)
+# make tool       a further branch, not the paper's: thinks with a calculator; stable → tool → GRPO → the same table
 # make test       all tests, on a CPU
 # make findings   the paper's findings F0 to F6, three seeds, hours; ONLY=F1 SEEDS=1: a part (assets/findings.py)
 # make real DATA=DIR   a model of 28M parameters on public files (README): shards, base → stable → three branches, losses
@@ -49,8 +50,13 @@ rl-hybrid: hybrid
 $(STARTS:%=rl-%): rl-%:
 	@$(PY) rl.py --branch $* $(FEWRL) $(BESIDE)
 
+tool: stable
+	@$(PY) midtrain.py --branch tool $(FEW) $(ALONE)
+	@$(PY) rl.py --branch tool $(FEWRL) $(ALONE)
+	@$(PY) -m assets.report $(OUT)
+
 SEEDS ?= 3
-ONLY  ?= F0,F1,F2,F3,F4,F5,F6,QA,W
+ONLY  ?= F0,F1,C,F2,F3,F4,F5,F6,QA,W,T,O
 
 findings: $(VENV)/run.ok
 	@$(PY) -m assets.findings --only $(ONLY) --seeds $(SEEDS) --jobs $(JOBS)
@@ -101,4 +107,4 @@ distclean: clean
 	@test ! -d runs || { du -sh runs; printf "delete runs/, every checkpoint in it? [y/N] "; \
 	    read answer; test "$$answer" = y && rm -rf runs || echo "kept"; }
 
-.PHONY: all recipe findings real $(STARTS) $(STARTS:%=rl-%) test bench gpu lint clean distclean
+.PHONY: all recipe tool findings real $(STARTS) $(STARTS:%=rl-%) test bench gpu lint clean distclean

@@ -2,6 +2,7 @@
 
     base  →  stable  →  short | long | hybrid
     (ours)   constant   cosine to a tenth of the learning rate, one branch per mixture
+          →  tool          as long, with calls of a calculator: ours, on the generated corpus only
           →  controlled    cosine too, on the mixture that --mix names: what does one factor do?
 
     python midtrain.py --branch long                         # tiny, on any machine; earlier stages run first
@@ -98,6 +99,7 @@ RECIPE = {
     "short": Stage("stable", "cosine", 2000, "#E69F00"),
     "long": Stage("stable", "cosine", 3000, "#0072B2"),
     "hybrid": Stage("stable", "cosine", 4000, "#009E73"),
+    "tool": Stage("stable", "cosine", 7000, "#56B4E9"),  # not the paper's: its outlook
     "controlled": Stage("base", "cosine", 5000, "#D55E00"),
 }
 WEIGHT_DECAY = 0.1  # the paper's
@@ -153,7 +155,8 @@ RUNS = {
 }
 # Generated only for a mixture that has this source
 EXTRA_TOKENS = {"noisy": 4_000_000, "qa_prose": 300_000, "prose_qa": 300_000,
-                "short_one": 900_000, "long_whole": 900_000}
+                "short_one": 900_000, "long_whole": 900_000, "crawl": 4_000_000,
+                "tool_cot": 900_000}
 
 # ---- Optimizer, schedule, loss, the step -------------------------------------------------------------------
 
@@ -401,10 +404,13 @@ def open_data(args) -> str:
         raise ValueError(f"--preset {args.preset} needs --data DIR, a folder made by python -m data.prepare")
     if not index:
         files.print0(f"[data] generating text and training a tokenizer on it: {folder}")
-    wanted = {*resolve_mixture(args.mix, "tiny"), *(RECIPE[args.branch].mixture or ())}
-    if unknown := sorted(wanted - recipes.KINDS["tiny"].keys()):
-        raise ValueError(f"no source {unknown[0]} here (valid: {', '.join(recipes.KINDS['tiny'])})")
-    wanted |= {*(index["sources"] if index else ())}
+    own = RECIPE[args.branch].mixture or recipes.STAGES["tiny"].get(args.branch, ())
+    wanted = {*resolve_mixture(args.mix, "tiny"), *own}
+    there = index["sources"] if index else {}  # among them perhaps what data.prepare --add added
+    valid = recipes.KINDS["tiny"] | there
+    if unknown := sorted(wanted - valid.keys()):
+        raise ValueError(f"no source {unknown[0]} here (valid: {', '.join(valid)})")
+    wanted |= {*there}
     extra = {name: EXTRA_TOKENS[name] for name in sorted(wanted & EXTRA_TOKENS.keys())}
     prepare.prepare_synth(folder, run["vocab"], args.seq_len, run["tokens"] | extra, args.seed)
     return folder

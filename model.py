@@ -210,8 +210,8 @@ class AttentionContext(NamedTuple):
     doc_start: Tensor | None  # (B, T)
     mask: Tensor | None  # added to the scores; None where none is needed
     prefix: Tensor | None  # (B,): tokens at the start of a row that all its documents go on from
-    positions: Tensor  # (B, T): within the document; in the cache
     cache: "KVCache | None"
+    places: tuple[Tensor, Tensor] | None  # of the tokens in the cache
     prompt: bool  # the first tokens of an empty cache, which see nothing but each other
 
 
@@ -225,12 +225,19 @@ class Attention(nn.Module):
         self.k = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, config.qkv_bias)
         self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, config.qkv_bias)
         self.o = Linear(config.num_heads * config.head_dim, config.hidden_size, False)
+        self.heads = (config.num_heads, config.num_kv_heads)
+        self.stacked = None  # while sampled: q, k and v as one matrix, and its bias
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))
-        q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        if self.stacked is None:
+            q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))
+            q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        else:  # one product, and q and k turn together
+            heads, turned = F.linear(x, *self.stacked).unflatten(-1, (-1, self.head_dim)), sum(self.heads)
+            q, k = apply_rope(heads[:, :, :turned], *context.rope).split(self.heads, 2)
+            v = heads[:, :, turned:]
         if context.cache is not None:
-            context.cache.write(layer, context.positions, k, v)
+            context.cache.write(layer, context.places, k, v)
         if context.cache is None or context.prompt:
             out = attention(q, k, v, context.doc_start, context.mask, context.prefix, context.prompt)
         else:
@@ -246,9 +253,13 @@ class MLP(nn.Module):
         self.gate = Linear(config.hidden_size, config.intermediate_size, False)
         self.up = Linear(config.hidden_size, config.intermediate_size, False)
         self.down = Linear(config.intermediate_size, config.hidden_size, False)
+        self.stacked = None  # while sampled: gate and up as one matrix, and None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.stacked is None:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = F.linear(x, *self.stacked).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -313,12 +324,13 @@ class Llama(nn.Module):
     def attention_context(self, x: Tensor, doc_start, cache, prefix) -> AttentionContext:
         """Positions and mask of activations x (B, T, hidden). Kernels need no mask, but know of no prefix."""
         B, T, _ = x.shape
-        positions, mask = torch.arange(T, device=x.device).expand(B, T), None
+        positions, mask, places = torch.arange(T, device=x.device).expand(B, T), None, None
         kernel, prompt = has_kernels(x, self.config.head_dim), cache is not None and cache.empty and T > 1
         assert prefix is None or doc_start is not None, "a prefix is followed by documents: give doc_start"
         if cache is not None:
             assert doc_start is None, "a cache holds one document per slot"
             positions = positions + cache.lengths[:B, None]
+            places = cache.places(positions)
             if T > 1 and not prompt or T == 1 and not (kernel or cache.paged):
                 mask = cache.mask(positions, x.dtype)
         elif doc_start is not None:
@@ -326,7 +338,7 @@ class Llama(nn.Module):
             positions = positions - doc_start + behind
             mask = None if kernel and prefix is None else document_mask(doc_start, x.dtype, prefix)
         rope = rope_tables(self.inv_freq, positions)
-        return AttentionContext(rope, doc_start, mask, prefix, positions, cache, prompt)
+        return AttentionContext(rope, doc_start, mask, prefix, cache, places, prompt)
 
     def logits(self, h: Tensor) -> Tensor:
         """Activations (..., hidden) → logits (..., vocab) in fp32."""
@@ -395,6 +407,7 @@ class KVCache:
     scores of all tokens with all. Without block_len, slot b is block b, as long as a row may be:
     attention reads it in place, which is best on a CPU. With it (a pool of `blocks`, paged as in vLLM, Kwon
     et al. 2023) the owner fills in the table: rows take no more than they need, may share blocks, and T is 1.
+    reach: of a slot's tokens, attention reads so many; all those written, if an owner lowers it.
     """
 
     def __init__(self, config, slots, max_len, dtype=torch.float32, device=None, block_len=None, blocks=None):
@@ -405,11 +418,12 @@ class KVCache:
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         own = torch.arange(slots, dtype=torch.int32, device=device)[:, None]
         self.table = torch.zeros(slots, n, dtype=torch.int32, device=device) if self.paged else own
-        self.max_len, self.empty = n * self.block_len, True
+        self.max_len = self.reach = n * self.block_len
+        self.empty = True
 
     def mask(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """Added to the scores of tokens at positions (B, T): (B, 1, T, max_len), -inf behind each token."""
-        behind = torch.arange(self.max_len, device=positions.device) > positions[:, :, None]
+        """Added to the scores of tokens at positions (B, T): (B, 1, T, reach), -inf behind each token."""
+        behind = torch.arange(self.reach, device=positions.device) > positions[:, :, None]
         return torch.where(behind, -torch.inf, 0.0).to(dtype)[:, None]
 
     def copy(self, source: "KVCache", src: int, start: int, stop: int, block: int) -> None:
@@ -418,28 +432,33 @@ class KVCache:
         for mine, theirs in ((self.k, source.k), (self.v, source.v)):
             mine[:, block, :, : stop - start] = theirs[:, src, :, start:stop].to(mine.device)
 
-    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k and v (B, T, K, D) of slots 0..B-1 at positions (B, T)."""
-        blocks, self.empty = torch.arange(positions.shape[0], device=positions.device)[:, None], False
+    def places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """For write(): heads (B, T or 1, K) among those of all blocks, and where in them (B, T, 1), positions
+        (B, T) of slots 0..B-1 lie."""
+        blocks, K = torch.arange(len(positions), device=positions.device)[:, None], self.k.shape[2]
         if self.paged:
             blocks = self.table[blocks, positions // self.block_len].long()
             positions = positions % self.block_len
-        self.k[layer][blocks, :, positions] = k.to(self.k.dtype)
-        self.v[layer][blocks, :, positions] = v.to(self.v.dtype)
+        return blocks[..., None] * K + torch.arange(K, device=positions.device), positions[..., None]
+
+    def write(self, layer: int, places: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
+        """Store k and v (B, T, K, D) of tokens at these places()."""
+        self.empty = False
+        self.k[layer].flatten(0, 1)[places] = k.to(self.k.dtype)
+        self.v[layer].flatten(0, 1)[places] = v.to(self.v.dtype)
 
 
 def cached_attention(q: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
     """Attention of q (B, T, H, D) to slots 0..B-1 of the cache, given its mask → (B, T, H, D).
 
-    The query heads of one KV head are rows of one product: the cache is read once for all. It is read as far
-    as it is allocated: on a CPU, bf16 products of whole matrices take a third of the time of those of slices.
+    The query heads of one KV head are rows of one product: the cache is read once for all.
     """
     B, T, H, D = q.shape
     if T == 1 and (cache.paged or has_kernels(q, D)):
         lengths = cache.lengths[:B] + 1  # with the token that was just written
         return decode_attention(q[:, 0], cache.k[layer], cache.v[layer], cache.table[:B], lengths)[:, None]
     assert not cache.paged, "a paged cache is read one token per slot; compute prompts in a dense one"
-    k, v = cache.k[layer, :B], cache.v[layer, :B]  # (B, K, L, D)
+    k, v = cache.k[layer, :B, :, : cache.reach], cache.v[layer, :B, :, : cache.reach]  # (B, K, L, D)
     K, L = k.shape[1:3]
     q = (q * D**-0.5).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)  # (B, K, G*T, D)
     scores = (q @ k.transpose(2, 3)).view(B, K, H // K, T, L).add_(mask[:, :, None])

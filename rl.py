@@ -47,6 +47,7 @@ The metrics, one row per step in metrics.jsonl:
                          not finite (five steps in a row without an update stop the run); response tokens
                          that got a forward pass
     time_*, share_rollout, *_tokens_per_s        seconds and speed of rollout, update and evaluation
+    calls, call_errors   with --tool: calls of the calculator per response; the share of them that were errors
     eval_*               the same on eval_n held-out problems, greedy, with the template of training and its
                          cap (at the start and the end: the last cap); eval_accuracy/LEVEL on those of a
                          level (generated ones: number of operations), or of a further --eval set
@@ -54,6 +55,7 @@ The metrics, one row per step in metrics.jsonl:
                          --ckpt RUN@best is the checkpoint with the highest curve_accuracy
 """
 
+import argparse
 import contextlib
 import functools
 import glob
@@ -79,7 +81,18 @@ import verify
 from data import benchmarks, files, prompts, recipes, synth
 from midtrain import World
 from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained
-from sample import GPU_SHARE, Sampler, cache_bytes, free_tokens, load_words, sampling_mode, unsharded
+from sample import (
+    GPU_SHARE,
+    MAX_CALLS,
+    Sampler,
+    cache_bytes,
+    calls_of,
+    free_tokens,
+    load_words,
+    sampling_mode,
+    stacked,
+    unsharded,
+)
 
 # ---- The algorithm, on plain tensors -----------------------------------------------------------------------
 
@@ -241,6 +254,12 @@ class Sample:
     reward: float
     advantage: float
     signal: bool  # do the scores of its group differ?
+    given: list[bool] | None = None  # with a calculator: which tokens are results, and were not sampled
+    results: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> int:  # tokens that it sampled: those to learn from
+        return len(self.tokens) - sum(self.given or ())
 
 
 def rollout(
@@ -267,7 +286,8 @@ def rollout(
         for (c, r), reward, value in zip(group, rewards, values, strict=True):
             ids, stopped = (problems[i]["tokens"], c.tokens, c.logprobs), c.finish_reason == "stop"
             correct = (verify.reward(c.text, problems[i]["answer"]) if args.reward else r) > 0
-            samples.append(Sample(i, *ids, c.text, stopped, correct, reward, value, signal))
+            samples.append(
+                Sample(i, *ids, c.text, stopped, correct, reward, value, signal, c.given, c.results))
     return samples
 
 
@@ -346,22 +366,27 @@ def over_ranks(values: list[float], world: World, op=dist.ReduceOp.SUM) -> list[
     return t.tolist()
 
 
+CALLS = ("calls", "call_errors")  # metrics of a run with --tool
+
+
 def rollout_metrics(samples: list[Sample], world: World) -> dict[str, float | None]:
     """Means over the responses of all ranks; lengths in tokens, None where there is nothing to average."""
-    sums = torch.zeros(8, dtype=torch.float64)
+    sums = torch.zeros(12, dtype=torch.float64)
     for s in samples:
         length, nll = len(s.tokens), -sum(s.logprobs)
         row = (1, length, s.correct, s.correct * length, s.reward, not s.stopped, not s.signal, nll)
-        sums += torch.tensor(row, dtype=torch.float64)
-    n, tokens, correct, tokens_correct, reward, cut, silent, nll = over_ranks(sums.tolist(), world)
+        calls = (s.own, s.given is not None, len(s.results), s.results.count(verify.ERROR))
+        sums += torch.tensor(row + calls, dtype=torch.float64)
+    n, tokens, correct, tokens_correct, reward, cut, silent, nll, own, tool, calls, errors = over_ranks(
+        sums.tolist(), world)
     asked, solved = {s.group for s in samples}, {s.group for s in samples if s.correct}
     asked, solved = over_ranks([len(asked), len(solved)], world)  # a group is whole on its rank
     return {
         "reward": reward / n, "accuracy": correct / n, "length": tokens / n,
         "length_correct": tokens_correct / correct if correct else None,
         "length_wrong": (tokens - tokens_correct) / (n - correct) if n > correct else None,
-        "truncated": cut / n, "no_signal": silent / n, "entropy": nll / tokens, "pass_at_n": solved / asked,
-    }
+        "truncated": cut / n, "no_signal": silent / n, "entropy": nll / own, "pass_at_n": solved / asked,
+    } | ({"calls": calls / n, "call_errors": errors / max(calls, 1)} if tool else {})
 
 
 # ---- Packing: responses → rows of tokens -------------------------------------------------------------------
@@ -425,7 +450,7 @@ class MicroBatch:
     doc_start: Tensor  # (B, W)
     prefix: Tensor | None  # (B,) tokens that all responses of a row go on from; None: no row has any
     logp_index: Tensor  # (N, T) flat index in (B, W) of the position that predicts token t of response i
-    mask: Tensor  # (N, T) 1 where response i has a token t
+    mask: Tensor  # (N, T) 1 where response i has a token t that it sampled
     advantages: Tensor  # (N,)
     sampler_logp: Tensor  # (N, T)
     old_logp: Tensor | None = None  # (N, T)
@@ -451,6 +476,9 @@ def collate(rows: list[PackedRow], device) -> MicroBatch:
             tokens[b, at:end], targets[b, first:end], doc_start[b, at:end] = ids[:-1], s.tokens, at
             logp_index[i, :n], mask[i, :n] = b * W + np.arange(first, end), 1
             sampler_logp[i, :n] = s.logprobs
+            if s.given:  # what the calculator said is read, and nothing is learned from it
+                mask[i, :n] -= s.given
+                targets[b, first:end][s.given] = -1
             i, at = i + 1, end
         doc_start[b, at:] = at  # what is left of the row is a document of its own
     values = np.array([s.advantage for s in samples], np.float32)
@@ -502,7 +530,7 @@ def update(model, reference, optimizer, samples: list, cap: int, args, world, gr
     sums = dict.fromkeys(("tokens", "clip_low", "clip_high", "kl", "gap", "gap_kl", "gap_max"), 0.0)
     norms = []
     for part, group in zip(parts, batches, strict=True):
-        tokens, n = over_ranks([sum(len(s.tokens) for s in part), len(part)], world)
+        tokens, n = over_ranks([sum(s.own for s in part), len(part)], world)
         total = {"token": tokens, "sequence": n, "constant": n * cap}[args.loss_agg]
         for b in group:
             if not norms and stop():
@@ -556,6 +584,7 @@ def update_metrics(sums: dict[str, float], norms: list[float], args, world: Worl
 def train(args, world: World) -> None:
     """GRPO to --steps, from where the run's folder stands. After a signal: save, SystemExit(128 + signal)."""
     source, name = starting_point(args)
+    args.tool = calls_of(source, args.tool) > 0 or None  # None: as older runs without it have it
     folder = os.path.join(args.out, name)
     model, reference, tok = load_policy(source, args, world)
     train_problems, held_out = read_problems(args, tok)
@@ -566,7 +595,7 @@ def train(args, world: World) -> None:
     warn_of_positions(model.config, args)
     optimizer = midtrain.make_optimizer(model, args.lr, weight_decay=0.0)
     make_state(optimizer)
-    sampler = Sampler(model, tok, args.slots)
+    sampler = Sampler(model, tok, args.slots, max_calls=MAX_CALLS if args.tool else 0)
     saved = midtrain.on_rank0(lambda: midtrain.open_folder(folder, settings))
     meta = midtrain.load_checkpoint(saved, model, optimizer) if saved else {}
     start = meta.get("step", 0)
@@ -679,8 +708,9 @@ def evaluate(sampler, held_out: list[dict], step: int, name: str, args, world, s
     write_rollouts(f"{args.out}/{name}/evals/step_{step:06d}.jsonl", samples, problems, world)
     few = rollout_metrics([s for s in main if problems[s.group]["place"] < args.eval_subset], world)
     row = {"eval_n": n, "eval_cap": cap, "steps": args.steps, "time_eval": time.perf_counter() - start}
-    kept = ("accuracy", "reward", "length", "length_correct", "length_wrong", "truncated")
-    row |= {"eval_" + key: m[key] for key in kept} | {"curve_" + k: few[k] for k in ("accuracy", "length")}
+    kept = ("accuracy", "reward", "length", "length_correct", "length_wrong", "truncated", *CALLS)
+    row |= {"eval_" + key: m[key] for key in kept if key in m}
+    row |= {"curve_" + key: few[key] for key in ("accuracy", "length")}
     return row | by_part(samples, problems, world)
 
 
@@ -715,7 +745,8 @@ def write_rollouts(path: str, samples: list[Sample], problems: list[dict], world
     for s in sorted((s for part in parts for s in part), key=lambda s: s.group):  # groups stay in order
         problem, finish = problems[s.group], "stop" if s.stopped else "length"
         row = {"problem": problem["problem"], "gold": problem["answer"], "response": s.text}
-        rows.append(row | {"reward": s.reward, "tokens": len(s.tokens), "finish": finish})
+        row |= {"reward": s.reward, "correct": bool(s.correct)}
+        rows.append(row | {"tokens": len(s.tokens), "finish": finish})
     if files.is_rank0():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         files.write_jsonl(path, rows)
@@ -861,6 +892,7 @@ def plan_row(config: LlamaConfig, args, dtype: torch.dtype, name: str, gpus: int
     params, size, tokens = config.num_params(), dtype.itemsize, args.max_prompt + cap
     reference, each = bool(args.kl_coef) * 4 * params / gpus, tokens * cache_bytes(config, dtype)
     copy = size * params if gpus > 1 or size < 4 else 0  # gathered, or in the dtype of the activations
+    copy += stacked(config, dtype) if gpus > 1 or size == 4 else 0  # the cast stacks them by the way
     pool = max(0.0, midtrain.PLAN_MEMORY - 12 * params / gpus - reference - copy) * GPU_SHARE
     rows, responses = int(pool // each), math.ceil(args.prompts_per_step * args.rollouts / gpus)
     peak = reference + midtrain.memory_plan(config, micro_batch(args, gpus), name, gpus)["peak"]
@@ -963,6 +995,8 @@ def parse_args():
     add("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
     add("--compile", action="store_true", help="torch.compile each block for the updates")
     add("--activation-checkpointing", action="store_true", help="recompute activations: less memory")
+    add("--tool", action=argparse.BooleanOptionalAction,
+        help="answer calls of the calculator; results are not trained (default: if mid-training had them)")
     add("--plan", action="store_true", help="print GPU memory and seconds of a step")
     add("--tensorboard", action="store_true", help="metrics to TensorBoard too, if it is installed")
     for name, (default, text) in VARIANTS.items():

@@ -15,12 +15,15 @@
    bf16, products of another shape round differently, and a draw near the border of two tokens may change.
 4. What is sampled is what is trained: softmax(logits / temperature) of the model's own weights, unless asked
    otherwise. Every token comes with its log-probability under the distribution it was drawn from.
+5. A model may calculate (max_calls): behind <calc>47+38</calc> it is given <result>85</result> and goes on.
+   These tokens take the place of what was drawn: neighbours and random numbers are as they were.
 """
 
 import codecs
 import math
 import os
 import sys
+from argparse import BooleanOptionalAction
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,13 +35,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data import files
-from data.prompts import STOP, TEMPLATES
+from data.prompts import CALL, END_CALL, END_RESULT, RESULT, STOP, TEMPLATES
+from data.recipes import TOOL_SOURCES
 from data.tokenizer import load as load_tokenizer
 from model import DTYPES, KVCache, Llama, LlamaConfig, has_bf16, has_kernels, pick_device, read_generation
+from verify import ERROR, calculate
 
 PREFILL_TOKENS = 4096  # in prompts computed together, padding included: enough to fill the processor
 CACHE_CHUNK = 64  # tokens of room behind the longest prompt in a dense cache; it grows by this or an eighth
 LOOK_EVERY = 8  # tokens between two looks of the host at what a GPU has done: each look waits for it
+MAX_CALLS = 16  # of the calculator in a completion
 
 
 @dataclass
@@ -47,6 +53,8 @@ class Completion:
     logprobs: list[float]  # of each token, under the distribution it was drawn from
     text: str  # without what stopped it; "" if the sampler has no tokenizer
     finish_reason: str  # "stop" | "length"
+    given: list[bool] | None = None  # of each token: is it a result, and not sampled? None: no calculator
+    results: tuple[str, ...] = ()  # of its calls, in their order
 
 
 # ---- Sampling parameters, random numbers, when to stop -----------------------------------------------------
@@ -118,7 +126,8 @@ def _mix(x: Tensor) -> Tensor:
 class Stop:
     """Token ids and strings that end a completion. A string may begin and end inside a token or character."""
 
-    def __init__(self, stop: Sequence[int | str], tokenizer, vocab_size: int, device):
+    def __init__(self, stop: Sequence[int | str], tokenizer, vocab_size: int, device, calls: bool = False):
+        """calls: look also at what may end a call of the calculator."""
         self.tokenizer = tokenizer
         self.ids = {item for item in stop if not isinstance(item, str)}
         self.strings = [item.encode() for item in stop if isinstance(item, str)]
@@ -128,28 +137,33 @@ class Stop:
             raise ValueError("stop strings need a tokenizer; without one, give token ids")
         if b"" in self.strings:
             raise ValueError("a stop string is empty; use stop=() for nothing that stops")
-        self.pieces = [tokenizer.decode_bytes([i]) if self.strings else b"" for i in range(vocab_size)]
-        tails = tuple(s[i:] for s in self.strings for i in range(len(s)))  # what completes s begins with one
-        ends = [piece.startswith(tails) or any(s in piece for s in self.strings) for piece in self.pieces]
+        wanted = [*self.strings, *([END_CALL.encode()] if calls else [])]
+        self.pieces = [tokenizer.decode_bytes([i]) if wanted else b"" for i in range(vocab_size)]
+        tails = tuple(s[i:] for s in wanted for i in range(len(s)))  # what completes s begins with one
+        ends = [piece.startswith(tails) or any(s in piece for s in wanted) for piece in self.pieces]
         look = [ends[i] or i in self.ids for i in range(vocab_size)]
         self.look = torch.tensor(look, device=device)  # (V,): the tokens after which ends() can be true
         self.window = max(map(len, self.strings), default=0)  # in tokens, each of which has at least one byte
 
     def ends(self, tokens: list[int]) -> bool:
         """Whether the last of these tokens completes a stop. Those before it are known not to."""
+        if not tokens:
+            return False
         tail = b"".join(self.pieces[token] for token in tokens[-self.window :]) if self.strings else b""
         return tokens[-1] in self.ids or any(s in tail for s in self.strings)
 
-    def visible(self, tokens: list[int]) -> bytes:
-        """The bytes of the tokens up to what stopped them."""
+    def visible(self, tokens: list[int], own: int = 0) -> bytes:
+        """The bytes of the tokens up to what stopped them, which was none of the first `own`."""
         if self.tokenizer is None:
             return b""
+        given, tokens = tokens[:own], tokens[own:]
         data = self.tokenizer.decode_bytes(tokens[:-1] if tokens and tokens[-1] in self.ids else tokens)
-        return data[: min((data.find(s) for s in self.strings if s in data), default=None)]
+        data = data[: min((data.find(s) for s in self.strings if s in data), default=None)]
+        return self.tokenizer.decode_bytes(given) + data
 
-    def settled(self, tokens: list[int]) -> bytes:
+    def settled(self, tokens: list[int], own: int = 0) -> bytes:
         """Of a completion in progress, the bytes that stay whatever follows: no start of a stop string."""
-        data = self.visible(tokens)
+        data = self.visible(tokens, own)
         held = max((n for s in self.strings for n in range(1, len(s)) if data.endswith(s[:n])), default=0)
         return data[: len(data) - held]
 
@@ -170,6 +184,11 @@ class Row:
     final: bool = False  # of its group's rows, the last to need that
     blocks: list[int] = field(default_factory=list)  # of a paged cache, in the order of the row
     completion: Completion | None = None
+    calls: list[tuple[int, list[int], str]] = field(default_factory=list)  # where a result begins, ids, text
+
+    @property
+    def own(self) -> int:  # where the tokens begin that it sampled after the last result
+        return self.calls[-1][0] + len(self.calls[-1][1]) if self.calls else 0
 
     @property
     def cached(self) -> int:  # tokens with keys and values: all but the last
@@ -196,6 +215,8 @@ class DenseCache:
             self.kv, self.graphs = new_cache(self.model, len(old.lengths), min(length, self.longest)), {}
             self.kv.k[..., : old.max_len, :], self.kv.v[..., : old.max_len, :] = old.k, old.v
             self.kv.lengths = old.lengths
+        if self.kv.k.dtype == torch.float32:  # bf16 products of slices take a CPU three times as long
+            self.kv.reach = min(self.kv.max_len, -(-needed // 16) * 16)
         return True
 
     def remove(self, rows: list[Row], slot: int) -> None:
@@ -211,9 +232,11 @@ class Rollout:
     not look at every token, and every step is the same work on the same tensors, which a CUDA graph repeats.
     """
 
-    def __init__(self, model: Llama, groups: list[list[Row]], params: SamplingParams, stop: Stop, cache):
+    def __init__(self, model: Llama, groups: list[list[Row]], params: SamplingParams, stop: Stop, cache,
+                 tool: "Calculator | None" = None):
         """groups: the rows of each prompt; cache: a DenseCache or PagedCache, which has the slots."""
         self.model, self.groups, self.params, self.stop, self.cache = model, groups, params, stop, cache
+        self.tool, self.given = tool, None
         self.waiting, self.ready, self.rows = deque(groups), deque(), []
         self.slots, self.device = len(cache.kv.lengths), model.embed.weight.device
         with self.device:
@@ -222,6 +245,9 @@ class Rollout:
             self.drawn = torch.zeros(self.slots, LOOK_EVERY, dtype=torch.int64)  # since the host looked
             self.logprobs, self.column = torch.zeros(self.slots, LOOK_EVERY), self.state.new_zeros(1)
         self.last, self.count, self.limit, self.key = self.state  # the last token, how many, at most; stream
+        if tool:  # by slot and place in its row: the token of a result, or -1
+            longest = max((row.limit for group in groups for row in group), default=0)
+            self.given = self.state.new_full((self.slots, longest + 1), -1)
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
         sharded = hasattr(model, "unshard")  # a method of FSDP2
         self.use_graphs = has_kernels(model.embed.weight) and not sharded
@@ -276,6 +302,9 @@ class Rollout:
         row.start = None  # what was computed is freed with its last row
         self.state[:, slot] = torch.tensor([row.tokens[-1], len(row.tokens), row.limit, row.key])
         self.cache.kv.lengths[slot], self.ended[slot] = row.cached, False
+        if self.tool:
+            self.given[slot] = -1
+            self._give(row, slot)
         return True
 
     def decode(self, B: int) -> None:
@@ -283,6 +312,9 @@ class Rollout:
         h = self.model.hidden(self.last[:B, None], cache=self.cache.kv)[:, 0]  # (B, hidden)
         u = uniforms(self.key[:B], self.count[:B])
         token, logprob = self.params.draw(self.model.logits(h), u[:, None])  # (B, 1)
+        if self.tool:
+            given = self.given[:B].gather(1, self.count[:B, None])  # (B, 1)
+            token, logprob = torch.where(given < 0, token, given), logprob.masked_fill(given >= 0, 0.0)
         self.drawn[:B].scatter_(1, self.column.expand(B, 1), token)
         self.logprobs[:B].scatter_(1, self.column.expand(B, 1), logprob)
         self.column += 1
@@ -290,7 +322,10 @@ class Rollout:
         self.cache.kv.lengths[:B] += going
         self.count[:B] += going
         self.last[:B] = torch.where(going, token, self.last[:B])
-        self.ended[:B] |= self.stop.look[token] | (self.count[:B] >= self.limit[:B])
+        look = self.stop.look[token]
+        if self.tool:
+            look &= given[:, 0] < 0  # a result stops nothing
+        self.ended[:B] |= look | (self.count[:B] >= self.limit[:B])
 
     def _retire(self, tokens: int) -> None:
         """Take over the tokens drawn. Finished rows leave their slots; those that might have ended go on."""
@@ -306,16 +341,29 @@ class Rollout:
                 self.ended[slot] = False
                 if self._finish(row):
                     self._remove(slot)
+                elif self.tool:
+                    self._give(row, slot)
 
     def _finish(self, row: Row) -> bool:
-        """Complete a row if its last token ends it."""
+        """Complete a row if its last token ends it; else note a call that this token completes."""
         if not all(map(math.isfinite, row.logprobs)):
             raise ValueError("the logits are not finite: the weights are damaged or the training diverged")
-        stopped = self.stop.ends(row.tokens)
+        stopped = self.stop.ends(row.tokens[row.own :])
         if stopped or len(row.tokens) >= row.limit:
-            text = self.stop.visible(row.tokens).decode("utf-8", "replace")
+            text = self.stop.visible(row.tokens, row.own).decode("utf-8", "replace")
             row.completion = Completion(row.tokens, row.logprobs, text, "stop" if stopped else "length")
+            if self.tool:
+                row.completion.given = given_tokens(row)
+                row.completion.results = tuple(result for _, _, result in row.calls)
+        elif self.tool:
+            self.tool.answer(row, self.stop.pieces)
         return row.completion is not None
+
+    def _give(self, row: Row, slot: int) -> None:
+        """Have the row in a slot go on with the result of its last call, as far as it may grow."""
+        begin, ids, _ = row.calls[-1] if row.calls else (0, [], "")
+        ids = ids[: max(0, row.limit - begin)]
+        self.given[slot, begin : begin + len(ids)] = torch.tensor(ids, dtype=torch.int64)
 
     def _remove(self, slot: int) -> None:
         """Take a row out of its slot and put the last row there."""
@@ -325,6 +373,8 @@ class Rollout:
         self.rows.pop()
         self.state[:, slot], lengths[slot], self.ended[slot] = self.state[:, last], lengths[last], False
         self.count[last], lengths[last], self.ended[last] = 0, 0, True
+        if self.tool:
+            self.given[slot] = self.given[last]
 
     def preempt(self) -> None:
         """The last row gives its room to the others. It is the first to come back."""
@@ -338,9 +388,11 @@ class Sampler:
     slots: rows computed together; max_len: tokens, with the prompt, at which any completion ends; block_len:
     tokens per block of the KV cache, 0 for a dense one (None: 64 on a GPU, else dense); cache_tokens: what
     all blocks hold at most (None: what the slots may need, on a GPU at most 90 % of the memory that is free
-    at the first call). tokenizer may be None: then `text` is "" and nothing stops unless told to."""
+    at the first call). tokenizer may be None: then `text` is "" and nothing stops unless told to. max_calls:
+    how many calls of the calculator a completion gets answered, further ones are errors; 0: there is none."""
 
-    def __init__(self, model: Llama, tokenizer, slots=64, max_len=None, block_len=None, cache_tokens=None):
+    def __init__(self, model: Llama, tokenizer, slots=64, max_len=None, block_len=None, cache_tokens=None,
+                 max_calls=0):
         if slots < 1:
             raise ValueError(f"slots {slots} must be at least 1")
         if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -349,6 +401,7 @@ class Sampler:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self.max_len = math.inf if max_len is None else max_len
         self.block_len, self.cache_tokens, self.stops = block_len, cache_tokens, {}
+        self.tool = Calculator(tokenizer, max_calls) if max_calls else None
         self.halted = None  # a function that is asked after every step: True ends a call with what is there
 
     def generate(self, prompts, n=1, max_new_tokens=256, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0,
@@ -376,7 +429,7 @@ class Sampler:
             row, stop = rollout.groups[0][0], rollout.stop
             while row.completion is None:
                 rollout.step()
-                data = stop.visible(row.tokens) if row.completion else stop.settled(row.tokens)
+                data = (stop.visible if row.completion else stop.settled)(row.tokens, row.own)
                 if piece := decoder.decode(data[sent:], final=row.completion is not None):
                     yield piece
                 sent = max(sent, len(data))
@@ -401,7 +454,7 @@ class Sampler:
                 raise ValueError(f"prompt {i} holds the id {bad[0]}; the vocabulary is 0 to {vocab - 1}")
         groups = [[Row(prompt, min(x, self.max_len - len(prompt)), key) for x, key in zip(limit, keys)]
                   for prompt, limit, keys in zip(prompts, limits, stream_keys(seed, ids, n).tolist())]
-        return Rollout(self.model, groups, params, self._stop(stop), make_cache(self, groups))
+        return Rollout(self.model, groups, params, self._stop(stop), make_cache(self, groups), self.tool)
 
     def _stop(self, stop) -> Stop:
         """What to stop at, kept for later calls: looking through a large vocabulary takes a second."""
@@ -410,7 +463,7 @@ class Sampler:
         stop = (stop,) if isinstance(stop, (str, int)) else tuple(stop)
         if stop not in self.stops:
             vocab, device = self.model.config.vocab_size, self.model.embed.weight.device
-            self.stops[stop] = Stop(stop, self.tokenizer, vocab, device)
+            self.stops[stop] = Stop(stop, self.tokenizer, vocab, device, calls=self.tool is not None)
         return self.stops[stop]
 
 
@@ -418,11 +471,54 @@ class Sampler:
 
 BLOCK_LEN = 64  # tokens per block of a paged cache, which is what a GPU gets
 GPU_SHARE = 0.9  # of the GPU's free memory that the cache may take
+STACKED = 2 << 30  # bytes that a copy of stacked matrices may take: the 1B shape in bf16 needs 1.2 GiB
+STACK_ON = ("cuda",)  # a CPU wins 2 to 7 % by it, and would no longer round as the trainer does
 
 
 def new_cache(model: Llama, slots: int, length: int, *blocks: int) -> KVCache:
     """An empty KV cache where the model is, in its dtype."""
     return KVCache(model.config, slots, length, model.compute_dtype, model.embed.weight.device, *blocks)
+
+
+class Calculator:
+    """Answers the calls in what a row has sampled. One that cannot be marked by the tokenizer is refused."""
+
+    def __init__(self, tokenizer, max_calls: int):
+        self.tokenizer, self.max_calls = tokenizer, max_calls
+        text = f"{CALL}{END_CALL}{RESULT}-0123456789/{ERROR}{END_RESULT}"
+        if tokenizer is None or tokenizer.decode_bytes(tokenizer.encode(text)) != text.encode():
+            what = "no tokenizer" if tokenizer is None else "a tokenizer that does not give them back"
+            raise ValueError(f"calls of the tool are marked by {CALL} and {RESULT}, and there is {what}")
+
+    def answer(self, row: Row, pieces: list[bytes]) -> None:
+        """Note a call and its result, if the row's last token completes it: what stands between the last
+        <calc> and </calc>, both sampled since the last result. pieces: the bytes of each token."""
+        own = [pieces[token] for token in row.tokens[row.own :]]
+        before, end, rest = b"".join(own).rpartition(END_CALL.encode())
+        _, begin, text = before.rpartition(CALL.encode())
+        if begin and end and len(rest) < len(own[-1]):
+            allowed = len(row.calls) < self.max_calls
+            result = calculate(text.decode("utf-8", "replace").strip()) if allowed else ERROR
+            ids = self.tokenizer.encode(f"{RESULT}{result}{END_RESULT}")
+            ids = ids if rest.startswith(b"\n") else self.tokenizer.encode("\n") + ids  # on a line of its own
+            row.calls.append((len(row.tokens), ids, result))
+
+
+def calls_of(folder: str, asked: bool | None) -> int:
+    """max_calls for a checkpoint: by --tool or --no-tool, else if it was trained with results of calls."""
+    if asked is None:
+        meta = files.read_json(os.path.join(folder, "meta.json"), missing_ok=True) or {}
+        settings = meta.get("settings") or {}
+        asked = bool(settings.get("tool") or {*TOOL_SOURCES} & {*settings.get("mixture", ())})
+    return MAX_CALLS * asked
+
+
+def given_tokens(row: Row) -> list[bool]:
+    """Of each token of a row, whether it is of a result."""
+    given = [False] * len(row.tokens)
+    for begin, ids, _ in row.calls:
+        given[begin : begin + len(ids)] = [True] * len(ids)
+    return given[: len(row.tokens)]  # the limit may cut the last result
 
 
 class BlockAllocator:
@@ -512,6 +608,13 @@ def cache_bytes(c: LlamaConfig, dtype: torch.dtype) -> int:
     return 2 * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize
 
 
+def stacked(c: LlamaConfig, dtype: torch.dtype) -> int:
+    """Bytes of a copy of the matrices that stack() joins: 0 for large models, which do without."""
+    rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 2 * c.intermediate_size
+    size = c.num_layers * rows * c.hidden_size * dtype.itemsize
+    return size if size <= STACKED else 0
+
+
 def free_tokens(model: Llama) -> int:
     """Keys and values of how many tokens the free memory of the model's GPU could hold."""
     torch.cuda.empty_cache()  # what torch keeps for later counts as taken otherwise
@@ -575,13 +678,42 @@ def sampling_mode(model: Llama):
     masters = {p: p.data for p in model.parameters() if p.ndim > 1 and p.dtype != model.compute_dtype}
     try:
         torch.set_deterministic_debug_mode(0)
+        stack(model)
         for p in masters:
             p.data = p.data.to(model.compute_dtype)
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
+        for module, _ in stackable(model):
+            module.stacked = None
         for p, master in masters.items():
             p.data = master
+
+
+def stackable(model: Llama) -> Iterator[tuple]:
+    """The modules that multiply an input by several matrices, and these."""
+    for block in model.blocks:
+        yield block.attn, (block.attn.q, block.attn.k, block.attn.v)
+        yield block.mlp, (block.mlp.gate, block.mlp.up)
+
+
+@torch.no_grad()
+def stack(model: Llama) -> None:
+    """Give each of stackable() its matrices as one, in the dtype they are computed in.
+
+    Those that are cast anyway become parts of it. Of others it is a copy: see stacked()."""
+    dtype, held = model.compute_dtype, model.embed.weight
+    if held.device.type not in STACK_ON or held.dtype == dtype and not stacked(model.config, dtype):
+        return
+    for module, linears in stackable(model):
+        if any(hasattr(w.weight, "device_mesh") for w in linears):  # a part of it, by FSDP2
+            continue
+        weight = torch.cat([w.weight.to(dtype) for w in linears])
+        biases = [w.bias.to(dtype) for w in linears if w.bias is not None]
+        module.stacked = weight, torch.cat(biases) if biases else None
+        for w, part in zip(linears, weight.split([w.out_features for w in linears])):
+            if w.weight.dtype != dtype:
+                w.weight.data = part
 
 
 @contextmanager
@@ -689,9 +821,12 @@ def main() -> None:
     add("--n", type=int, default=1, help="number of completions of the prompt")
     add("--seed", type=int, default=0, help="seed of the random numbers; a conversation adds 1 per turn")
     add("--dtype", default="auto", choices=("auto", *DTYPES), help="auto: bf16 on a GPU, else as stored")
+    add("--tool", action=BooleanOptionalAction,
+        help=f"answer {CALL}…{END_CALL} (default: for a model that was trained with it)")
     args = parser.parse_args()
     folder = files.find_checkpoint(args.ckpt)
-    sampler = Sampler(*load_model(folder, str(pick_device()), args.dtype))
+    loaded = load_model(folder, str(pick_device()), args.dtype)
+    sampler = Sampler(*loaded, max_calls=calls_of(folder, args.tool))
     print(in_use(sampler), file=sys.stderr)
     ours = os.path.exists(os.path.join(folder, "meta.json"))
     args.template = args.template or ("simple" if ours or args.prompt is None else "none")

@@ -49,6 +49,7 @@ import re
 import time
 import unicodedata
 import zlib
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from statistics import fmean
@@ -764,6 +765,24 @@ def call(node: tuple, work: Work):
     return settled(top / bottom, work)
 
 
+# ---- A calculator, for a model that asks one while it thinks (sample.py) -----------------------------------
+
+EXPRESSION = re.compile(r"[\d\s.+\-*/^()]{1,100}", re.ASCII)
+RESULT_BITS = 40  # of numerator and denominator together: no result is longer than 15 characters
+ERROR = "error"
+
+
+def calculate(text: str) -> str:
+    """The value of numbers, + - * / ^ and brackets, a whole number or a fraction, exact, as text. ERROR for
+    anything else: what the parser does not know, 1/0, a value that is irrational or long. Never raises."""
+    tree = parse(text) if EXPRESSION.fullmatch(text) else None
+    with contextlib.suppress(OutOfSteps, ArithmeticError, RecursionError):
+        x = value(tree, Work()) if tree else None
+        if isinstance(x, Fraction) and x.numerator.bit_length() + x.denominator.bit_length() <= RESULT_BITS:
+            return str(x)
+    return ERROR
+
+
 # ---- Equality: texts, then the rules of `same` for trees ---------------------------------------------------
 
 REAL_SETS = {"union", "minus", "emptyset", "rel", "[]", "[)", "(]"}
@@ -1215,12 +1234,14 @@ def run_benches(args) -> None:
     suites = {source: benchmarks.load_problems(source, args.data, args.limit, args.seed, columns[name])
               for source, name in names.items()}
     import midtrain  # imports torch, which takes a second
-    from sample import Sampler, in_use, load_model
+    from sample import Sampler, calls_of, in_use, load_model
 
     world, results = midtrain.setup(), {}
     folder = midtrain.on_rank0(lambda: files.find_checkpoint(args.ckpt))
     out = args.out or os.path.join(args.ckpt if os.path.isdir(args.ckpt) else folder, "bench")
-    sampler = Sampler(*load_model(folder, str(world.device), args.dtype))
+    calls = calls_of(folder, args.tool)
+    sampler = Sampler(*load_model(folder, str(world.device), args.dtype), max_calls=calls)
+    args.tool = calls > 0
     files.print0(f"{folder}: {in_use(sampler)}")
     args.dtype = in_use(sampler).split()[0]
     for source, problems in suites.items():
@@ -1231,6 +1252,7 @@ def run_benches(args) -> None:
         settings = {
             "checkpoint": os.path.realpath(folder), "weights": os.path.getmtime(f"{folder}/config.json"),
             "items": len(problems), **{key: getattr(args, key) for key in keys}}
+        settings |= {"tool": True} if args.tool else {}
         if benchmarks.BENCHMARKS.get(source) is not bench:  # of one's own: it may change
             settings["problems"] = zlib.crc32(repr(problems).encode())
         path = os.path.join(out, f"{name}.jsonl")
@@ -1261,6 +1283,7 @@ def bench_rows(sampler, source: str, problems: list[dict], args, world) -> list[
             sampler, [problems[i] for i in items], list(map(sampler.tokenizer.encode, texts)), grade, args.n,
             args.max_new_tokens, args.temperature, args.seed, request_ids=items)
         rows += [{"item": i, **row, "tokens": len(c.tokens), "truncated": c.finish_reason == "length"}
+                 | ({"results": c.results} if args.tool else {})
                  for i, group in zip(items, groups) for c, row in group]
     if world.size > 1:
         parts = [None] * world.size if world.rank == 0 else None
@@ -1362,6 +1385,8 @@ def main() -> None:
     add("--max-new-tokens", type=int, default=1024, help="longest response in tokens (default %(default)s)")
     add("--limit", type=int, help="take only the first LIMIT problems (synth: make so many, default 500)")
     add("--seed", type=int, default=0, help="seed of the sampling, and of synth's problems")
+    add("--tool", action=BooleanOptionalAction,
+        help="answer calls of the calculator (default: for a model that was trained with it)")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16"),
         help="dtype of weights and activations (default auto: bf16 on a GPU, else as stored)")
     args = parser.parse_args()

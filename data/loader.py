@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import tokenizer
+from data import prompts, recipes, tokenizer
 from data.shards import AGAIN, Shard, read_index
 
 LARGEST_BLOCK = 10_000  # a weight that is no whole count in any block up to here is rounded to 1/10,000
@@ -27,7 +27,8 @@ class Batch(NamedTuple):
     """tokens, targets, doc_start (B, T) and source (B,), all int64."""
 
     tokens: torch.Tensor
-    targets: torch.Tensor  # the next token; -1 after the end-of-text token and in padding: nothing to learn
+    targets: torch.Tensor  # the next token; -1 where there is nothing to learn: after the end-of-text token,
+    # in padding, and of what a tool said
     doc_start: torch.Tensor  # where in the row the token's document begins (0 if in an earlier row)
     source: torch.Tensor  # index into Loader.names
 
@@ -39,6 +40,9 @@ class Loader:
     def __init__(self, data_dir, mixture: dict[str, float], seq_len: int, batch_size: int, seed: int = 0):
         self.names, self.seq_len, self.batch_size, self.seed = tuple(mixture), seq_len, batch_size, seed
         self.train, self.val = _open_shards(Path(data_dir), mixture, seq_len)
+        self.tools = [s for s, name in enumerate(mixture) if has_results(read_index(data_dir), name)]
+        tok = tokenizer.load(data_dir) if self.tools else None
+        self.marks = [tok.encode(mark) for mark in (prompts.RESULT, prompts.END_RESULT) if tok]
         self.counts = block_counts(mixture)  # (sources,) sequences of each in a block
         self.sizes = np.array([_sequences(shard, seq_len) for shard in self.train])  # (sources,)
 
@@ -46,7 +50,15 @@ class Loader:
         """Rank's B / ranks rows of the batch of this step."""
         rows = self._rows(ranks)
         source, sequence = self.order(np.arange(rows) + step * self.batch_size + rank * rows)
-        return _assemble([self.train[s] for s in source], sequence, source, self.seq_len)
+        return self._batch([self.train[s] for s in source], sequence, source)
+
+    def _batch(self, shards: list[Shard], sequence: np.ndarray, source: np.ndarray) -> Batch:
+        """Row i is sequence[i] of shards[i]; what a tool said is no target."""
+        batch = _assemble(shards, sequence, source, self.seq_len)
+        if len(rows := np.flatnonzero(np.isin(source, self.tools))):
+            targets = batch.targets[rows].numpy()
+            batch.targets[rows] = torch.from_numpy(np.where(_results(targets, *self.marks), -1, targets))
+        return batch
 
     def _rows(self, ranks: int) -> int:
         if self.batch_size % ranks:
@@ -93,7 +105,7 @@ class Loader:
             for first in range(0, min(total, batches * self.batch_size), self.batch_size):
                 sequence = np.arange(rows) + first + rank * rows
                 inside = np.minimum(sequence, total - 1)
-                batch = _assemble([shard] * rows, inside, np.full(rows, s), self.seq_len)
+                batch = self._batch([shard] * rows, inside, np.full(rows, s))
                 batch.targets[torch.from_numpy(sequence >= total)] = -1
                 yield name, batch
 
@@ -164,6 +176,12 @@ def _open_shards(folder: Path, mixture: dict, seq_len: int) -> tuple[list[Shard]
     return train, val
 
 
+def has_results(index: dict, name: str) -> bool:
+    """May a source have results of a calculator? The generated one does, and rollouts may."""
+    made_of = index["sources"][name].get("of", index["settings"]).get("sources") or {}
+    return name in recipes.TOOL_SOURCES or made_of.get(name, [""])[0] == "rollouts"
+
+
 def _sequences(shard: Shard, seq_len: int) -> int:
     return len(shard.used) if shard.kind == "document" else (len(shard.tokens) - 1) // seq_len
 
@@ -187,3 +205,18 @@ def _assemble(shards: list[Shard], sequence: np.ndarray, source: np.ndarray, seq
     targets = np.where(begins | (place >= real), -1, tokens)
     arrays = tokens[:, :-1], targets[:, 1:], doc_start[:, :-1], source
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array, np.int64)) for array in arrays))
+
+
+def _results(ids: np.ndarray, begin: list[int], end: list[int]) -> np.ndarray:
+    """(B, T) ids → where they are of these marks or between them: a mark is the same ids wherever it is. Of
+    a result that a row's end cuts, the rest in the next row is not found."""
+
+    def last(mark: list[int], after: int, before: int) -> np.ndarray:
+        """Where the last mark up to each place begins (after 0) or was over (after: its length)."""
+        found = np.zeros_like(ids, bool)
+        width = ids.shape[1] - len(mark) + 1
+        here = np.all([ids[:, i : i + width] == token for i, token in enumerate(mark)], axis=0)
+        found[:, after : after + width] = here[:, : ids.shape[1] - after]
+        return np.maximum.accumulate(np.where(found, np.arange(ids.shape[1]), before), axis=1)
+
+    return last(begin, 0, -2) >= last(end, len(end), -1)

@@ -29,6 +29,11 @@ def complex(question: str) -> str:
 
 TEMPLATES = {"simple": simple, "complex": complex}
 
+# A call of the calculator, and what is put behind it, on a line of its own: there no tokenizer of ours joins
+# the marks to what stands around them, so a result has the same tokens in a document and in a sampler.
+CALL, END_CALL = "<calc>", "</calc>"
+RESULT, END_RESULT = "<result>", "</result>\n"
+
 
 def few_shot(examples: Sequence[tuple[str, str]], question: str, template: str = "simple") -> str:
     """Solved examples (problem, solution), then the question, all in one template."""

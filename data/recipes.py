@@ -18,6 +18,7 @@ from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 STAGE_NAMES = ("base", "stable", "long", "short", "hybrid")  # base stands in for Llama's own pre-training
+TOOL_SOURCES = ("tool_cot",)  # with results of a calculator, which are read and not learned
 
 
 class SourceSpec(NamedTuple):
@@ -87,6 +88,7 @@ TINY = {
     "short": {"web": 0.55, "general": 0.05, "instruct": 0.1, "short_cot": 0.3},
     "hybrid": {"web": 0.55, "general": 0.05, "instruct": 0.1, "long_cot": 0.15, "short_cot": 0.15},
 }
+_TOOL = {"web": 0.55, "general": 0.05, "instruct": 0.1, "tool_cot": 0.3}  # ours: the paper has no such branch
 
 # ------------------------------------------------------------------------------------------------------------
 # Public files, in a folder laid out as in data/README.md: the same mixtures, with the names of their text
@@ -110,12 +112,12 @@ EVALUATION_FILES = ("gsm8k/test.jsonl", "math/test.jsonl", "eval/*.jsonl")
 
 # ---- All three corpora -------------------------------------------------------------------------------------
 
-STAGES = {"paper": PAPER, "tiny": TINY, "real": REAL}
+STAGES = {"paper": PAPER, "tiny": TINY | {"tool": _TOOL}, "real": REAL}
 CORPORA = {"paper": PAPER_SOURCES, "real": REAL_SOURCES}
 KINDS = {corpus: {name: spec.kind for name, spec in specs.items()} for corpus, specs in CORPORA.items()}
-KINDS["tiny"] = dict.fromkeys(("general", "web", "noisy", "qa_prose"), "text")
+KINDS["tiny"] = dict.fromkeys(("general", "web", "noisy", "crawl", "qa_prose"), "text")
 KINDS["tiny"] |= dict.fromkeys(("short_cot", "long_cot", "instruct", "prose_qa"), "document")
-KINDS["tiny"] |= dict.fromkeys(("short_one", "long_whole"), "document")
+KINDS["tiny"] |= dict.fromkeys(("short_one", "long_whole", "tool_cot"), "document")
 
 # Comparisons of a single factor (the paper, section 3; its findings F1, F2, F3, F6): one stage on one mixture
 # from the base. python midtrain.py --branch controlled --mix NAME
@@ -131,7 +133,8 @@ def _controlled(web: str, short: str, long: str, chat: str) -> dict[str, dict]:
 CONTROLLED = {
     "paper": _controlled("web_pro_max", "open_math_instruct", "open_r1", "tulu")
     | {name: {name: 1.0} for name in ("finemath_4plus", "web_pro", "web_pro_max")},
-    "tiny": _controlled("web", "short_cot", "long_cot", "instruct") | {x: {x: 1.0} for x in ("web", "noisy")},
+    "tiny": _controlled("web", "short_cot", "long_cot", "instruct")
+    | {x: {x: 1.0} for x in ("web", "noisy", "crawl")},
     "real": _controlled("math_text", "short_cot", "long_cot", "instruct") | {"web": {"math_text": 1.0}},
 }
 
@@ -347,4 +350,13 @@ def conversation(row: dict) -> str | None:
     return "\n".join(f"{who}:{text}" for who, text in said) if whole else None
 
 
+def rollout(row: dict) -> str | None:
+    """A right response that rl.py or verify.py wrote down, as it stands: the problem, newline, what the model
+    said. None for a wrong one, or one that was cut off: a model is to learn to end."""
+    right = row["correct"] if "correct" in row else row["reward"] > 0
+    whole = row.get("finish", "stop") == "stop" and not row.get("truncated")
+    return joined(asked(row), column(row, "response")) if right and whole else None
+
+
 FORMATS = {"text": running_text, "qa": question_answer, "long_cot": long_thought, "chat": conversation}
+FORMATS |= {"rollouts": rollout}

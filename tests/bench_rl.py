@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import midtrain
 import rl
 from model import PRESETS, Llama, LlamaConfig
-from sample import Sampler, SamplingParams
+from sample import Sampler, SamplingParams, sampling_mode
 
 QUICK, TINY = "--quick" in sys.argv, "--tiny" in sys.argv
 DEVICE, SHAPE = ("cpu", "tiny") if TINY else ("cuda", "1b")
@@ -237,8 +237,9 @@ def decoding(model: Llama, slots=256, context=960, looks=8) -> None:
     bandwidth = 2 * x.numel() / min(seconds(lambda: y.copy_(x)) for _ in range(10))
     ids = np.random.default_rng(0).integers(4, c.vocab_size, (slots, context)).tolist()
     rollout = Sampler(model, None, slots)._rollout(ids, 1, 1024, SamplingParams(), 0, ())
-    rollout.step()  # prompts, the first tokens, and the graph
-    took = seconds(lambda: [rollout.step() for _ in range(looks)])
+    with sampling_mode(model):
+        rollout.step()  # prompts, the first tokens, and the graph
+        took = seconds(lambda: [rollout.step() for _ in range(looks)])
     tokens = looks * rollout.look_every
     numbers = 2 * c.num_layers * c.num_kv_heads * c.head_dim  # per token
     cached = slots * (context + rollout.look_every + tokens / 2) * 2 * numbers

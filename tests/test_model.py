@@ -272,6 +272,23 @@ def test_cache_equals_the_full_forward(case):
         cache.lengths[: len(pieces)] += torch.tensor(lengths)
 
 
+@pytest.mark.parametrize("blocked", [0, 2048])
+def test_a_prompt_is_computed_like_any_row(blocked, monkeypatch):
+    """By causal attention, by torch's above LONGEST_BLOCKED: several of different lengths, in two pieces."""
+    monkeypatch.setattr(llama, "LONGEST_BLOCKED", blocked)
+    model, rows = random_llama(), [random_tokens(n, seed=n) for n in (150, 70, 1)]
+    expected, cache = [model(row[None])[0] for row in rows], KVCache(model.config, 3, 160)
+    monkeypatch.setattr(llama, "cached_attention", lambda *_: pytest.fail("scores with the whole cache"))
+    logits = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), cache=cache)
+    monkeypatch.undo()
+    for row, got, full in zip(rows, logits, expected):
+        assert_close(got[: len(row)], full)
+    cache = KVCache(model.config, 1, 160)
+    model(rows[0][None, :64], cache=cache)
+    cache.lengths += 64
+    assert_close(model(rows[0][None, 64:], cache=cache)[0], expected[0][64:])
+
+
 def test_a_copied_slot_goes_on_like_its_source():
     model, tokens = random_llama(), random_tokens(3, 12)
     source, cache = KVCache(model.config, 3, 12), KVCache(model.config, 4, 20)

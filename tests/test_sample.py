@@ -56,14 +56,14 @@ class Script(nn.Module):
         super().__init__()
         self.config = LlamaConfig(vocab_size, 1, 4, 1, 1, 2, 4)
         self.compute_dtype, self.embed, self.answers = torch.float32, nn.Embedding(1, 1), answers
-        self.shapes = []  # (B, T) of every forward
+        self.blocks, self.shapes = [], []  # (B, T) of every forward
 
     def hidden(self, tokens, cache):
         B, T = tokens.shape
         self.shapes.append((B, T))
         positions = cache.lengths[:B, None] + torch.arange(T)
         ids = torch.stack((tokens, torch.zeros_like(tokens)), -1)[:, :, None].float()  # (B, T, 1, 2)
-        cache.write(0, positions, ids, ids)
+        cache.write(0, cache.places(positions), ids, ids)
         out = torch.zeros(B, T, 1)
         for b in range(B):
             seen = cache.k[0, b, 0, :, 0].long().tolist()
@@ -635,6 +635,70 @@ def test_the_weights_are_restored_when_a_rollout_fails():
 def test_max_len_ends_a_completion():
     results = Sampler(random_llama(), None, max_len=14).generate(PROMPTS, max_new_tokens=8)
     assert [len(group[0].tokens) for group in results] == [min(8, 14 - len(p)) for p in PROMPTS]
+
+
+STACKS = {"a Llama": {}, "a Qwen": {"qkv_bias": True}, "no GQA": {"num_kv_heads": 4}}
+
+
+def in_place(model: Llama, change: float) -> None:
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p += change * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_stacked_matrices_change_nothing(case, monkeypatch):
+    """While sampled, q, k, v are one product, and gate, up. Each call takes the weights as they are."""
+    monkeypatch.setattr(sample, "STACK_ON", ("cpu",))
+    model, tokens = random_llama(replace(CONFIG, **STACKS[case])), torch.arange(40).view(2, 20)
+    for change in (0.05, 0.3):  # two updates of the policy
+        in_place(model, change)
+        state, expected = {k: v.clone() for k, v in model.state_dict().items()}, model(tokens)
+        with sample.sampling_mode(model):
+            assert all(module.stacked is not None for module, _ in sample.stackable(model))
+            torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5)
+        assert all(module.stacked is None for module, _ in sample.stackable(model))
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        assert torch.equal(model(tokens), expected)
+        ours = Sampler(model, None).generate(PROMPTS, n=2, temperature=0.0, max_new_tokens=20)
+        with monkeypatch.context() as m:
+            m.setattr(sample, "STACKED", 0)
+            theirs = Sampler(model, None).generate(PROMPTS, n=2, temperature=0.0, max_new_tokens=20)
+        assert tokens_of(ours) == tokens_of(theirs)
+        for a, b in zip(sum(ours, []), sum(theirs, [])):
+            assert_close(a.logprobs, b.logprobs)
+
+
+def test_stacked_matrices_take_no_memory_beside_a_cast_and_little_else(monkeypatch):
+    monkeypatch.setattr(sample, "STACK_ON", ("cpu",))
+    model = random_llama()
+    assert sample.stacked(CONFIG, torch.float32) == 2 * (32 * (32 + 2 * 16) + 2 * 32 * 48) * 4
+    monkeypatch.setattr(sample, "STACKED", sample.stacked(CONFIG, torch.float32) - 1)
+    with sample.sampling_mode(model):  # a copy of more than is allowed
+        assert all(module.stacked is None for module, _ in sample.stackable(model))
+    masters = [w.weight.data_ptr() for _, linears in sample.stackable(model) for w in linears]
+    model.compute_dtype = torch.bfloat16
+    with sample.sampling_mode(model):
+        for module, linears in sample.stackable(model):
+            memory = module.stacked[0].untyped_storage().data_ptr()
+            assert all(w.weight.untyped_storage().data_ptr() == memory for w in linears)
+            assert torch.equal(torch.cat([w.weight for w in linears]), module.stacked[0])
+    assert masters == [w.weight.data_ptr() for _, linears in sample.stackable(model) for w in linears]
+
+
+def test_attention_reads_no_further_than_the_longest_row():
+    model, prompts = random_llama(), [list(range(9)), [5, 6]]
+    expected = Sampler(model, None).generate(prompts, max_new_tokens=60, temperature=0.0)
+    with sample.sampling_mode(model):
+        rollout = Sampler(model, None)._rollout(prompts, 1, 60, SamplingParams(0.0), 0, ())
+        rollout.step()
+        for cached in (rollout.cache.kv.k, rollout.cache.kv.v):
+            assert cached.shape[3] == 69
+            cached[..., 16:, :] = torch.nan
+        for _ in range(6):  # up to the 16th token of the longer
+            rollout.step()
+    assert rollout.cache.kv.reach == 16 and rollout.rows[0].cached == 16
+    assert [row.tokens for row in rollout.rows] == [group[0].tokens[:8] for group in expected]
 
 
 def test_nothing_to_do():
