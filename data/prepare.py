@@ -3,6 +3,7 @@
     python -m data.prepare --data DIR --out DIR --keep-overlaps long_cot       public files (data/README.md)
     python -m data.prepare --corpus paper --out DIR --tokenizer FILE --sources dclm,numina --max-tokens 2e9
     python -m data.prepare --out DIR --source notes=text:notes.jsonl --source qa=qa:hub:openai/gsm8k:main
+    python -m data.prepare --out runs/tiny/data --add own=rollouts:'runs/tiny/rl-stable/rollouts/*.jsonl'
 
 The pass: the format of a source (recipes.py) makes a document of each row; --workers processes tokenise
 chunks of documents, and find those that share 13 words in a row with a benchmark's problem (overlaps.py).
@@ -10,7 +11,8 @@ These are dropped, and so is what came before, letter by letter. Of the rest eve
 
 OUT then holds tokenizer.model, NAME.train.bin and NAME.val.bin of each source, and index.json, written last;
 if it is there, the same command does nothing. Until then unfinished.json names the finished sources. Kill the
-command at any moment: the same command starts the source in work over, and writes the same bytes.
+command at any moment: the same command starts the source in work over, and writes the same bytes. --add gives
+a finished folder one source more, with its tokenizer.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import contextlib
 import glob
 import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import re
@@ -132,30 +135,38 @@ def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counte
 
 
 def tokenised(source: Source, count, pool, workers: int) -> Iterator[tuple[str, bytes | str, bytes]]:
-    """tokenise() of all rows of a source, in their order: here, or by the pool, some chunks ahead."""
-    chunks, waiting = in_chunks(source.read(count)), deque()
+    """tokenise() of all rows of a source, in their order."""
+    work, chunks = partial(tokenise, guarded=source.guarded), in_chunks(source.read(count))
+    for rows in in_order(work, chunks, pool, workers, "starts this source over"):
+        yield from rows
+
+
+def in_order(work: Callable, chunks: Iterable, pool, workers: int, again: str) -> Iterator:
+    """work(chunk) of each chunk, in their order: here, or by the pool, some chunks ahead. again: what the
+    same command does after a worker died."""
     if pool is None:
-        yield from itertools.chain.from_iterable(tokenise(chunk, source.guarded) for chunk in chunks)
+        yield from map(work, chunks)
         return
+    waiting = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(tokenise, chunk, source.guarded))
+            waiting.append(pool.submit(work, chunk))
             if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     except BrokenExecutor:  # (a multiprocessing.Pool would wait for a killed worker's result for ever)
-        how = "the same command starts this source over; give it fewer --workers"
+        how = f"the same command {again}; give it fewer --workers"
         raise OSError(f"a worker died, out of memory perhaps: {how}") from None
 
 
-def in_chunks(texts: Iterable[str | Dropped]) -> Iterator[list[str | Dropped]]:
-    """Lists of consecutive texts, about CHUNK_CHARACTERS in each."""
-    chunk, characters = [], 0
+def in_chunks(texts: Iterable[str | Dropped], size: int | None = None) -> Iterator[list[str | Dropped]]:
+    """Lists of consecutive texts, about CHUNK_CHARACTERS, or size, in each."""
+    chunk, characters, size = [], 0, size or CHUNK_CHARACTERS
     for text in texts:
         chunk.append(text)
         characters += 100 + (len(text) if text else 0)
-        if characters >= CHUNK_CHARACTERS:
+        if characters >= size:
             yield chunk
             chunk, characters = [], 0
     yield chunk
@@ -176,10 +187,22 @@ def tokenise(texts: list[str | Dropped], guarded: bool) -> list[tuple[str, bytes
     return rows
 
 
-def _start_worker(folder: Path, problems: list[str]) -> None:
+def worker_pool(workers: int, start: Callable, *args):
+    """Processes that begin with start(*args); None in place of one, which is this."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads of `datasets`
+    if workers == 1:
+        return contextlib.nullcontext()
+    return ProcessPoolExecutor(workers, spawn, _begin, (start, args))
+
+
+def _begin(start: Callable, args: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # it may be killed
+    start(*args)
+
+
+def _start(folder: Path, problems: list[str]) -> None:
     _tools.update(tok=tokenizer.load(folder), grams=Grams(problems))
 
 
@@ -213,9 +236,7 @@ def prepare(
         if tok.hash != index["tokenizer"]:
             raise ValueError(f"{out} has another tokenizer than it was begun with: {AGAIN}")
         _tools.update(tok=tok, grams=Grams(problems))
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads of `datasets`
-        start = (spawn, _start_worker, (out, problems))
-        with ProcessPoolExecutor(workers, *start) if workers > 1 else contextlib.nullcontext() as pool:
+        with worker_pool(workers, _start, out, problems) as pool:
             for name in [name for name in sources if name not in index["sources"]]:
                 index["sources"][name] = prepare_source(name, sources[name], out, tok, seq_len, pool, workers)
                 files.write_json(unfinished, index)
@@ -291,6 +312,30 @@ def _add_sources(out: Path, index: dict, sources: dict[str, Source], settings: d
     return index
 
 
+def add_source(out: Path, name: str, source: Source, made_of: dict, problems=(), workers=1) -> dict:
+    """Add a source of files to a finished folder, whatever made that; returns its index. made_of: of what, to
+    refuse another source of the same name."""
+    if read_index(out) is None:
+        raise ValueError(f"--add needs a finished folder, and {out} has no index.json: use --source")
+    with files.run_lock(out, wait=600):
+        index, made_of = read_index(out), json.loads(json.dumps(made_of))
+        if index["settings"]["corpus"] == "tiny" and name in recipes.KINDS["tiny"]:
+            raise ValueError(f"{name} is the name of a generated source: give this one a new name")
+        if entry := index["sources"].get(name):
+            if entry.get("of") != made_of:
+                raise ValueError(f"{out} has another source of the name {name}: give this one a new name")
+            return index
+        check_two_documents(name, source)
+        tok = tokenizer.load(out)
+        _tools.update(tok=tok, grams=Grams(problems))
+        with worker_pool(workers, _start, out, problems) as pool:
+            seq_len = index["settings"]["seq_len"]
+            entry = prepare_source(name, source, out, tok, seq_len, pool, workers)
+        index["sources"][name] = entry | {"of": made_of}
+        files.write_json(out / "index.json", index)
+    return index
+
+
 # ---- Rows of files and of the hub --------------------------------------------------------------------------
 
 
@@ -318,11 +363,15 @@ def source_rows(spec: SourceSpec, folder=Path(), count=lambda size: None, broken
         raise ValueError(f"{what} cannot be read: {reason}") from None
 
 
-def pinned_revisions(out: Path, hubs: list[str]) -> dict[str, str]:
-    """{data set of the hub: commit}: those that a folder was begun with, or those of now; "": unknown."""
+def pinned_revisions(out: Path, hubs: list[str], added: str = "") -> dict[str, str]:
+    """{data set of the hub: commit}: those that a folder, or the source added to it, was begun with, or those
+    of now; "": unknown."""
     for name in ("index.json", "unfinished.json"):
         if index := files.read_json(out / name, missing_ok=True):
-            return (index.get("settings") or {}).get("revisions") or {}
+            made_of = index.get("settings")
+            if added and not (made_of := (index.get("sources") or {}).get(added, {}).get("of")):
+                break
+            return (made_of or {}).get("revisions") or {}
     found = dict.fromkeys(hubs, "")
     for hub in hubs:
         try:
@@ -459,6 +508,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
     add("--source", type=own_source, action="append", metavar="NAME=FORMAT:FILE",
         help="source of your own in place of a corpus (repeat it): FORMAT text, qa, long_cot or chat; FILE "
         ".jsonl (.gz, .zst) or .parquet, * allowed, or hub:ID[:PART[:SPLIT]], PART a configuration or files")
+    add("--add", type=own_source, metavar="NAME=FORMAT:FILE",
+        help="such a source for the finished folder --out; FORMAT rollouts: rl.py's right responses")
     add("--columns", type=recipes.column_map, metavar="MAP",
         help="columns of other names than usual: problem=Q,answer=A of all sources, qa.problem=Q of one")
     add("--bad-rows", type=float, default=BAD_ROWS, metavar="SHARE",
@@ -479,6 +530,10 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, SourceSpec]]:
         parser.error("--seq-len, --vocab-size and --workers must be at least 1")
     if not 0 <= args.bad_rows <= 1:
         parser.error(f"--bad-rows {args.bad_rows} is not a share, from 0 to 1")
+    if args.add:
+        if args.source or args.tokenizer:
+            parser.error("--add uses the folder's tokenizer and adds one source: no --source or --tokenizer")
+        args.source = [args.add]
     if args.source and args.sources:
         parser.error("--sources chooses among those of --corpus; with --source there are only your own")
     if args.data is None and args.corpus == "real" and not args.source:
@@ -501,26 +556,31 @@ def main() -> None:
     budgets = {name: args.max_tokens.get(name, args.max_tokens.get("")) for name in specs}
     folder, keep = args.data or Path(), args.keep_overlaps
     hubs = {spec.hub for spec in specs.values() if HUB_ID.fullmatch(spec.hub) and not os.path.isdir(spec.hub)}
-    revisions = pinned_revisions(args.out, sorted(hubs))
+    revisions = pinned_revisions(args.out, sorted(hubs), args.add[0] if args.add else "")
     specs = {name: spec._replace(revision=revisions.get(spec.hub, "")) for name, spec in specs.items()}
     sources = {
         x: real_source(spec, folder, budgets[x], x in keep, args.bad_rows) for x, spec in specs.items()}
     paths, problems = benchmark_problems(args.against, args.data)
-    tok = tokenizer.load(args.tokenizer) if args.tokenizer else None
-    settings = {
-        "corpus": "own" if args.source else args.corpus,
+    made_of = {
         "sources": {name: [*spec[:5], *spec.columns] for name, spec in specs.items()},
         "files": {name: source.prints for name, source in sources.items()},
         "max_tokens": budgets, "keep_overlaps": keep,
         "against": hashlib.sha256("\0".join(problems).encode()).hexdigest()[:16] if problems else None,
-        "tokenizer": tok.hash if tok else f"trained, {args.vocab_size} words",
-    } | ({"revisions": revisions} if revisions else {})
+    }
+    made_of |= {"revisions": revisions} if revisions else {}
+    tok = tokenizer.load(args.tokenizer) if args.tokenizer else None
+    settings = {"corpus": "own" if args.source else args.corpus} | made_of
+    settings["tokenizer"] = tok.hash if tok else f"trained, {args.vocab_size} words"
     if problems:
         print(f"kept out: {GRAM} words in a row of one of {len(problems):,} problems of {', '.join(paths)}")
         print(f"{Grams(problems).short:,} of these have fewer words: text that contains them is not found")
     else:
         print("no benchmark's problems are kept out of the text: name their files by --against")
-    index = prepare(args.out, sources, tok or args.vocab_size, args.seq_len, settings, problems, args.workers)
+    if args.add:
+        index = add_source(args.out, *sources.popitem(), made_of, problems, args.workers)
+    else:
+        vocab = tok or args.vocab_size
+        index = prepare(args.out, sources, vocab, args.seq_len, settings, problems, args.workers)
     read_index(args.out, check=args.check)
     for name, entry in index["sources"].items():
         train, val = (entry[split]["tokens"] - entry[split]["padding"] for split in ("train", "val"))

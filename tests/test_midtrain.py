@@ -23,6 +23,8 @@ import midtrain
 import sample
 from data import files, prepare, tokenizer
 from data.files import run_cli
+from data.loader import has_results
+from data.shards import Shard
 from model import Llama, LlamaConfig, hf_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -793,6 +795,43 @@ def test_a_source_added_to_the_data_changes_nothing_else(tmp_path, monkeypatch):
         prepare.prepare_synth(tmp_path / "data", 300, 64, tokens | {"web": 30_000, "qa_prose": 20_000}, 0)
 
 
+def test_right_rollouts_become_a_source(tmp_path, monkeypatch, capsys):
+    """data.prepare --add: the right responses of an RL run, each once, beside the generated sources."""
+
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
+        module.main()
+
+    run(midtrain, "--branch", "base", "--out", tmp_path, "--threads", "1")
+    rows_ = [
+        {"problem": f"Ben has {i % 150} hats.", "gold": "1", "reward": 1.0 if i % 2 else -1.0,
+         "response": f"So {i % 150}.", "finish": "length" if i % 150 == 7 else "stop"} for i in range(600)]
+    (tmp_path / "rl-x/rollouts").mkdir(parents=True)
+    for step in range(2):
+        text = "".join(json.dumps(row) + "\n" for row in rows_[300 * step :][:300])
+        (tmp_path / f"rl-x/rollouts/step_{step:06d}.jsonl").write_text(text)
+    add = ("--out", tmp_path / "data", "--add", f"own=rollouts:{tmp_path}/rl-x/rollouts/*.jsonl")
+    run(prepare, *add, "--workers", "1")
+    index = json.loads((tmp_path / "data/index.json").read_text())
+    entry = index["sources"]["own"]
+    assert entry["dropped"] == {"seen before": 74 * 3, "without a document": 300 + 4}
+    assert entry["train"]["documents"] + entry["val"]["documents"] == 74  # of 75 odd ones 7 was cut off
+    shard = Shard(tmp_path / "data/own.train.bin")
+    text = tokenizer.load(tmp_path / "data").decode(shard.tokens[:200].tolist())
+    assert "Ben has 3 hats.\nSo 3." in text and "So 2." not in text and "So 7." not in text
+    assert has_results(index, "own") and not has_results(index, "web")  # of calls: no targets
+    run(prepare, *add)  # nothing to do
+    run(midtrain, "--branch", "controlled", "--mix", "web=0.5,own=0.5", "--out", tmp_path, "--threads", "1")
+    assert rows(tmp_path / "controlled")[-1]["share/own"] == 0.5
+    (tmp_path / "rl-x/rollouts/step_000002.jsonl").write_text(json.dumps(rows_[1]) + "\n")
+    with pytest.raises(ValueError, match="has another source of the name own: give this one a new name"):
+        run(prepare, *add)
+    with pytest.raises(ValueError, match="crawl is the name of a generated source"):
+        run(prepare, *add[:3], add[3].replace("own", "crawl"))
+    with pytest.raises(ValueError, match="--add needs a finished folder, and .*/none has no index.json"):
+        run(prepare, "--out", tmp_path / "none", *add[2:])
+
+
 def test_a_mixture_is_checked_before_what_it_stands_on_is_trained(tmp_path, monkeypatch, train):
     for mix, why in (("web=0.5,none=0.5", "no source none here .valid: general, web"), ("qa", "no mix")):
         flags = ["--out", str(tmp_path), "--branch", "controlled", "--mix", mix]
@@ -979,7 +1018,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer():
         ("--branch long --from nowhere", "nowhere is not a folder"),
         ("--branch long --from nowhere --init X", "--from goes on from a stage: not with --init"),
         ("--branch base --from nowhere", "nor with --branch base"),
-        ("--export X", "--branch is needed: one of base, stable, short, long, hybrid, controlled (or --from"),
+        ("--export X", "--branch is needed: one of base, stable, short, long, hybrid, tool, controlled (or"),
         ("--branch long --batch 0", "--batch must be above 0, not 0"),
         ("--branch long --lr nan", "--lr must be above 0, not nan"),
         (
