@@ -5,14 +5,18 @@
     python -m assets.findings --only F1,F4 --seeds 3 --dry       # what would run, and for how long
 
 An *arm* is a stage of midtrain.py and GRPO on it, both with the sizes of `make`; the arms of a seed share its
-data, base and stable stage, in runs/seed1, … What is there already is not run again. A *claim* compares two
-arms on the same 500 held-out problems. Its interval is a bootstrap over seeds and problems (both drawn anew,
-95 %): the claim is shown if all of it is above 0, reversed if all of it is below, else not shown.
+data, base and stable stage, in runs/seed1, … What is there already is not run again, nor what has a line in
+findings.jsonl, which keeps the results when the runs are gone. A *claim* compares two arms on the same 500
+held-out problems. Its interval is a bootstrap over seeds and problems (both drawn anew, 95 %): the claim is
+shown if all of it is above 0, reversed if all of it is below, else not shown.
 """
 
+import hashlib
+import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,12 +30,15 @@ from data import files
 
 
 class Arm(NamedTuple):
-    minutes: float  # measured, one thread, fp32: stage and GRPO
+    minutes: float  # of one idle core: stage and GRPO, estimated from those of `make`
     stage: str = ""  # flags of midtrain.py; "": the arm has no stage of its own
     rl: str = ""  # of rl.py; "": --branch and the arm's name
+    needs: str = ""  # an arm that is run before
+    data: tuple[str, ...] = ()  # commands that make a source, of what that arm left behind perhaps
 
 
-CONTROLLED = "--branch controlled --mix"
+# As long as stable: with the 800 steps of the branches nothing that starts from the base gets off the floor
+CONTROLLED = "--branch controlled --steps 2400 --mix"
 DECAY = "--branch long --mix general=0.05,instruct=0.1"
 ARMS = {
     "base": Arm(1, "--branch base"),
@@ -39,13 +46,14 @@ ARMS = {
     "short": Arm(6, "--branch short"),
     "long": Arm(9, "--branch long"),
     "hybrid": Arm(9, "--branch hybrid"),
+    "tool": Arm(12, "--branch tool"),
     "schooled": Arm(16, "--branch base --steps 2800 --mix general=0.4,web=0.45,short_cot=0.15"),
-    "web": Arm(6, f"{CONTROLLED} web"),
-    "noisy": Arm(6, f"{CONTROLLED} noisy"),
-    "qa_short": Arm(6, f"{CONTROLLED} qa_short"),
-    "qa_long": Arm(6, f"{CONTROLLED} qa_long"),
-    "instruct_short": Arm(6, f"{CONTROLLED} instruct_short"),
-    "instruct_long": Arm(6, f"{CONTROLLED} instruct_long"),
+    "web": Arm(14, f"{CONTROLLED} web"),
+    "noisy": Arm(14, f"{CONTROLLED} noisy"),
+    "qa_short": Arm(14, f"{CONTROLLED} qa_short"),
+    "qa_long": Arm(14, f"{CONTROLLED} qa_long"),
+    "instruct_short": Arm(14, f"{CONTROLLED} instruct_short"),
+    "instruct_long": Arm(14, f"{CONTROLLED} instruct_long"),
     "long_complex": Arm(5, rl="--branch long --template complex"),
     "long_staged": Arm(5, rl="--branch long --length-schedule 0:64,20:128,40:224"),
     "complex_staged": Arm(5, rl="--branch long --template complex --length-schedule 0:64,20:128,40:224"),
@@ -56,10 +64,18 @@ ARMS = {
     "long_40": Arm(9, f"{DECAY},web=0.45,long_cot=0.4"),
     "hybrid_10_20": Arm(9, f"{DECAY},web=0.55,long_cot=0.1,short_cot=0.2"),
     "hybrid_20_10": Arm(9, f"{DECAY},web=0.55,long_cot=0.2,short_cot=0.1"),
-    "qa_prose": Arm(6, f"{CONTROLLED} qa_prose=0.1,web=0.9"),
-    "prose_qa": Arm(6, f"{CONTROLLED} prose_qa=0.1,web=0.9"),
+    "qa_prose": Arm(14, f"{CONTROLLED} qa_prose=0.1,web=0.9"),
+    "prose_qa": Arm(14, f"{CONTROLLED} prose_qa=0.1,web=0.9"),
     "short_one": Arm(6, f"{DECAY},web=0.55,short_one=0.3"),
     "long_whole": Arm(9, f"{DECAY},web=0.55,long_whole=0.3"),
+    "own": Arm(7, f"{DECAY},web=0.55,own=0.3", needs="stable", data=(
+        "-m data.prepare --out {out}/data --add own=rollouts:{out}/rl-stable/rollouts/*.jsonl",)),
+    "crawl": Arm(14, f"{CONTROLLED} crawl=1"),
+    "curated": Arm(15, f"{CONTROLLED} curated=1", data=(
+        "-m data.synth --source crawl -n 160000 --seed {seed} --jsonl {out}/crawl.jsonl",
+        "-m data.synth --source crawl -n 3000 --seed 10{seed} --jsonl {out}/labels.jsonl",
+        "-m data.curate --in {out}/crawl.jsonl --labels {out}/labels.jsonl --recall 0.9 --out {out}/clean",
+        "-m data.prepare --out {out}/data --add curated=text:{out}/clean/kept.jsonl.gz")),
 }
 
 
@@ -74,6 +90,7 @@ class Finding(NamedTuple):
     title: str
     paper: str  # its figures: accuracy on MATH500, per cent
     claims: tuple[Claim, ...]
+    notes: tuple[str, ...] = ()  # what was seen, and tried
 
 
 FINDINGS = {
@@ -89,12 +106,21 @@ FINDINGS = {
         "FineMath-4plus 11.0, MegaMath-Web-Pro 36.6, Pro-Max 31.8",
         (Claim("after RL, clean above noisy", "web", "noisy"),
          Claim("before RL, clean above noisy", "web", "noisy", "before"))),
+    "C": Finding(
+        "What curation makes of a crawl is better to start RL from than the crawl",
+        "Pro-Max, a curated and rewritten MegaMath-Web, 31.8 after RL; of the crawl no figure",
+        (Claim("after RL, curated above the crawl", "curated", "crawl"),
+         Claim("before RL, curated above the crawl", "curated", "crawl", "before"),
+         Claim("after RL, clean text above curated", "web", "curated"))),
     "F2": Finding(
         "A tenth of question–answer data beside web text: short gives nothing, long a peak and a collapse",
         "web 36.6; with MegaMath-QA 34.6; with OpenR1 a peak of 47.6, then 7.2",
         (Claim("short above web alone (the paper: it is not)", "qa_short", "web"),
          Claim("long above web alone", "qa_long", "web"),
-         Claim("long falls after its best", "qa_long", "", "fall"))),
+         Claim("long falls after its best", "qa_long", "", "fall")),
+        ("Tried first, with 800 steps of mid-training: nothing gets off the floor. Seeds 1, 2: web 1.8 → 3.4 "
+         "and 1.4 → 1.8 %, qa_short 1.6 → 4.4 and 1.6 → 1.6 %, qa_long 1.4 → 2.6 (8.5 % of 200 problems at "
+         "step 30) and 0.8 → 2.2 %; seed 1: instruct_short 2.4 → 1.8 %.",)),
     "F3": Finding(
         "One per cent of instructions beside it helps",
         "with MegaMath-QA 34.6 → 40.8; with OpenR1 a peak of 47.6 → 50.6, then 0.0",
@@ -133,12 +159,30 @@ FINDINGS = {
          Claim("long above short with one operation an equation", "long", "short_one"),
          Claim("long above long without pieces", "long", "long_whole"),
          Claim("long without pieces above short", "long_whole", "short"))),
+    "T": Finding(
+        "A calculator within the chain of thought",
+        "left for future work",
+        (Claim("with a calculator above long", "tool", "long"),
+         Claim("the same before RL", "tool", "long", "before")),
+        ("At four operations it is 76 % against 58 %. Calls per response: 2.1 and 1.2 before RL, 2.5 and 2.4 "
+         "from step 10 on.",)),
+    "O": Finding(
+        "Can the chains of a decay be the model's own? Right rollouts of RL from stable, and RL again",
+        "left open: is an RL-friendly model possible without distillation from one that thinks long?",
+        (Claim("own chains above RL from stable alone", "own", "stable"),
+         Claim("before RL, own chains above short ones", "own", "short", "before"),
+         Claim("own chains above short ones", "own", "short"),
+         Claim("long ones above own chains", "long", "own")),
+        ("The source is small: 596 and 478 right responses of 7,680, each once, read 14 and 19 times. "
+         "They are short chains: what stable never writes, it cannot teach itself.",)),
 }
 
 
 def arms_of(finding: Finding) -> list[str]:
     return list(dict.fromkeys(arm for c in finding.claims for arm in (c.more, c.less) if arm))
 
+
+OF_SEED = "--seed {seed} --out {out}"
 
 # ---- Running -----------------------------------------------------------------------------------------------
 
@@ -149,54 +193,116 @@ def run_seed(out: str, seed: int, arms: list[str], jobs: int) -> None:
     rl_only = {ARMS[arm].rl.split()[1] for arm in todo if not ARMS[arm].stage and "--branch" in ARMS[arm].rl}
     first = ["base --keep-every 600", "stable --keep-every 600", *sorted(rl_only)]
     for stage in first if todo else ():
-        command(out, "midtrain.py", f"--branch {stage} --threads {jobs}", seed, stage.split()[0])
+        command(out, seed, f"midtrain.py --branch {stage} --threads {jobs} {OF_SEED}", stage.split()[0])
+    todo += sorted({ARMS[arm].needs for arm in todo} - {"", *todo, *report.read_rl(out)})
     minutes = sum(ARMS[arm].minutes for arm in todo)
     bar = tqdm(desc=out, total=minutes, unit="min of one core", disable=not todo)
+    todo.sort(key=lambda arm: -ARMS[arm].minutes)
     with ThreadPoolExecutor(jobs) as pool:
-        todo.sort(key=lambda arm: -ARMS[arm].minutes)
-        for arm, _ in zip(todo, pool.map(lambda arm: run_arm(out, arm, seed), todo)):
-            bar.update(ARMS[arm].minutes)
+        for later in (False, True):
+            now = [arm for arm in todo if bool(ARMS[arm].needs) == later]
+            for arm, _ in zip(now, pool.map(lambda arm: run_arm(out, arm, seed), now)):
+                bar.update(ARMS[arm].minutes)
 
 
 def run_arm(out: str, name: str, seed: int) -> None:
     arm = ARMS[name]
+    Path(out, "logs").mkdir(parents=True, exist_ok=True)
+    files.write_json(Path(out) / f"logs/{name}.json", flags_of(name))
+    for line in arm.data:
+        command(out, seed, line, f"{name}-data")
     if arm.stage:
-        command(out, "midtrain.py", f"{arm.stage} --name {name} --threads 1", seed, name)
-    rl = arm.rl.format(out=out) or f"--branch {name}"
-    command(out, "rl.py", f"{rl} --name {name} --threads 1", seed, name)
+        command(out, seed, f"midtrain.py {arm.stage} --name {name} --threads 1 {OF_SEED}", name)
+    command(out, seed, f"rl.py {arm.rl or f'--branch {name}'} --name {name} --threads 1 {OF_SEED}", name)
 
 
-def command(out: str, program: str, flags: str, seed: int, log: str) -> None:
-    """Run a program, its lines to OUT/logs; ValueError with the last of them if it fails."""
+def flags_of(name: str) -> dict:
+    return json.loads(json.dumps({"flags": ARMS[name][1:]}))
+
+
+def command(out: str, seed: int, line: str, log: str) -> None:
+    """Run python with these arguments, {out} and {seed} filled in; it prints to OUT/logs. ValueError if it
+    fails, with the last line of that."""
+    args = [part.format(out=out, seed=seed) for part in shlex.split(line)]
     path = Path(out) / "logs" / f"{log}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    args = [sys.executable, program, *shlex.split(flags), "--out", out, "--seed", str(seed)]
     with open(path, "a", encoding="utf-8") as file:
-        code = subprocess.run(args, stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run([sys.executable, *args], stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
         last = path.read_text("utf-8").strip().rpartition("\n")[2]
-        raise ValueError(f"{shlex.join(args)} ended with {code}: {last} (all of it: {path})")
+        raise ValueError(f"python {shlex.join(args)} ended with {code}: {last} (all of it: {path})")
+
+
+# ---- Results -----------------------------------------------------------------------------------------------
+
+
+def result_of(out: str, seed: int, arm: str) -> dict:
+    """What is kept of a run, a line of findings.jsonl: its evaluations, which problems it had right (by step:
+    how many there were, their bits in hex), and a hash of the arm's flags and all settings but the seed."""
+    rows, right = report.read_rl(out)[arm], {}
+    for row in rows:
+        evals = files.read_jsonl(Path(out) / f"rl-{arm}/evals/step_{row['step']:06d}.jsonl")
+        bits = [x.get("correct", x["reward"] > 0) for x in evals]
+        right[str(row["step"])] = [len(bits), np.packbits(bits).tobytes().hex()]
+    settings = json.dumps([report.made_by(out, arm), ARMS[arm][1:]], sort_keys=True)
+    kept = [{k: x for k, x in row.items() if k.startswith(("step", "eval_", "curve_"))} for row in rows]
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+    return {"arm": arm, "seed": seed, "settings": digest, "rows": kept, "right": right}
+
+
+def read_results(path: Path) -> dict[tuple[str, int], dict]:
+    """{(arm, seed): its line}; {} if there is no file yet."""
+    rows = files.read_jsonl(path) if path.exists() else ()
+    return {(row["arm"], row["seed"]): row for row in rows}
+
+
+def gather(runs: str, seeds: Iterable[int], path: Path) -> dict[tuple[str, int], dict]:
+    """The lines of a file, and of all runs that have ended since: these are added to it. ValueError for a run
+    that was made otherwise than its line, or its arm, says."""
+    results = read_results(path)
+    for seed in seeds:
+        for arm in report.read_rl(out := f"{runs}/seed{seed}"):
+            if arm not in ARMS:
+                continue
+            new = result_of(out, seed, arm)
+            old = results.setdefault((arm, seed), new)
+            made = files.read_json(Path(out) / f"logs/{arm}.json", missing_ok=True) or flags_of(arm)
+            if old["settings"] != new["settings"] or made != flags_of(arm):
+                what = f"{out}/rl-{arm} was made with other settings than the arm, or its line in {path}"
+                raise ValueError(f"{what}: delete that line, or {out}/{arm}, rl-{arm} and logs/{arm}.json")
+    if results:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_jsonl(path, (results[key] for key in sorted(results)))
+    return results
+
+
+def seeds_of(results: dict, arms: list[str]) -> list[int]:
+    """The seeds that have all of these arms. ValueError if those of one arm were not made alike."""
+    for arm in arms:
+        made = {seed: row["settings"] for (name, seed), row in results.items() if name == arm}
+        if len(set(made.values())) > 1:
+            raise ValueError(f"the seeds of {arm} have different settings ({made}): keep equal ones' lines")
+    return sorted(seed for seed in {seed for _, seed in results} if all((x, seed) in results for x in arms))
 
 
 # ---- Comparing ---------------------------------------------------------------------------------------------
 
 
-def correct(out: str, arm: str, step: int) -> np.ndarray:
+def correct(result: dict, step: int) -> np.ndarray:
     """(problems,) 1.0 where the greedy response after a step of GRPO was right."""
-    rows = files.read_jsonl(Path(out) / f"rl-{arm}/evals/step_{step:06d}.jsonl")
-    return np.array([row["reward"] > 0 for row in rows], float)
+    n, bits = result["right"][str(step)]
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=n).astype(float)
 
 
-def scores(out: str, arm: str, what: str) -> np.ndarray:
+def scores(result: dict, what: str) -> np.ndarray:
     """(problems,) what a claim compares, of one seed."""
-    rows = report.read_rl(out)[arm]
-    last = rows[-1]["step"]
+    steps = [row["step"] for row in result["rows"]]
     if what == "fall":  # the best step is chosen on every other problem, the fall measured on the rest
-        found = {row["step"]: correct(out, arm, row["step"]) for row in rows}
+        found = {step: correct(result, step) for step in steps}
         few = min(map(len, found.values()))  # those that all evaluations have
         best = max(found, key=lambda step: found[step][0:few:2].mean())
-        return found[best][1:few:2] - found[last][1:few:2]
-    after, before = correct(out, arm, last), correct(out, arm, 0)
+        return found[best][1:few:2] - found[steps[-1]][1:few:2]
+    after, before = correct(result, steps[-1]), correct(result, 0)
     return {"after": after, "before": before, "gain": after - before}[what]
 
 
@@ -209,25 +315,41 @@ def interval(d: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
     return (float(d.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
 
 
-def judge(claim: Claim, outs: list[str]) -> tuple[float, float, float, str]:
+def judge(claim: Claim, results: dict, seeds: list[int]) -> tuple[float, float, float, str]:
     """(mean, low, high, in words) of a claim, in points."""
-    d = np.stack([scores(out, claim.more, claim.what) for out in outs])
+    d = np.stack([scores(results[claim.more, seed], claim.what) for seed in seeds])
     if claim.less:
-        d = d - np.stack([scores(out, claim.less, claim.what) for out in outs])
+        d = d - np.stack([scores(results[claim.less, seed], claim.what) for seed in seeds])
     mean, low, high = (100 * x for x in interval(d))
     return mean, low, high, "shown" if low > 0 else "reversed" if high < 0 else "not shown"
 
 
-def section(key: str, outs: list[str]) -> list[str]:
-    """The lines of a finding: its arms, its claims."""
-    finding, groups = FINDINGS[key], report.group_seeds(outs)
-    lines = [f"\n## {key}. {finding.title}", f"\nThe paper: {finding.paper}.\n"]
-    lines.append("| claim | points, 95 % interval | |\n|---|---|---|")
-    for claim in finding.claims:
-        mean, low, high, verdict = judge(claim, outs)
-        lines.append(f"| {claim.text} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) | {verdict} |")
-    of = {arm: groups[arm] for arm in arms_of(finding)}
-    return [*lines, "", report.seeds_table(of), f"\n![Accuracy and length by GRPO step](findings-{key}.png)"]
+def section(key: str, results: dict, picture: Path) -> list[str]:
+    """The lines of a finding: its arms, a picture, what was seen."""
+    finding, arms = FINDINGS[key], arms_of(FINDINGS[key])
+    lines = [f"\n## {key}. {finding.title}\n"]
+    if not (seeds := seeds_of(results, arms)):
+        return [*lines, f"Not measured yet: {', '.join(x for x in arms if not seeds_of(results, [x]))}."]
+    rows = {arm: [results[arm, seed]["rows"] for seed in seeds] for arm in arms}
+    table = {arm: [(report.rl_rows({arm: x})[0], x) for x in each] for arm, each in rows.items()}
+    report.plot_rl(rows, str(picture))
+    lines += [report.seeds_table(table), f"\n![Accuracy and length by GRPO step]({picture.name})"]
+    return [*lines, *(f"\n{note}" for note in finding.notes)]
+
+
+def summary(keys: list[str], results: dict) -> list[str]:
+    """The lines of one table of all claims."""
+    lines = ["\n| | the paper | here: claim | points, 95 % interval | seeds | |", "|---" * 6 + "|"]
+    for key in keys:
+        finding, seeds = FINDINGS[key], seeds_of(results, arms_of(FINDINGS[key]))
+        for i, claim in enumerate(finding.claims):
+            begin = f"| {key if i == 0 else ''} | {finding.paper if i == 0 else ''} | {claim.text}"
+            if not seeds:
+                lines.append(f"{begin} | | 0 | not measured yet |")
+                continue
+            mean, low, high, verdict = judge(claim, results, seeds)
+            lines.append(f"{begin} | {mean:+.1f} ({low:+.1f} to {high:+.1f}) | {len(seeds)} | {verdict} |")
+    return lines
 
 
 def main() -> None:
@@ -245,7 +367,7 @@ def main() -> None:
     if unknown := [key for key in keys if key not in FINDINGS]:
         raise ValueError(f"no finding {unknown[0]} (valid: {', '.join(FINDINGS)})")
     arms = list(dict.fromkeys(arm for key in keys for arm in arms_of(FINDINGS[key])))
-    outs = [f"{args.runs}/seed{seed}" for seed in range(1, args.seeds + 1)]
+    seeds, to = range(1, args.seeds + 1), Path(args.to or args.runs)
     minutes = sum(ARMS[arm].minutes for arm in arms)
     each = ", ".join(f"{arm} {ARMS[arm].minutes:g}" for arm in arms)
     hours = (minutes + 14) * args.seeds / args.jobs / 60
@@ -253,19 +375,15 @@ def main() -> None:
     files.print0(f"about {hours:.1f} hours for all, if none is there yet")
     if args.dry:
         return
-    for seed, out in enumerate(outs, 1):
-        if not args.report:
-            run_seed(out, seed, arms, args.jobs)
-    outs = [out for out in outs if set(arms) <= report.read_rl(out).keys()]
-    if not outs:
-        raise ValueError(f"no seed in {args.runs} has all of the arms {', '.join(arms)}: run them first")
-    to = Path(args.to or args.runs)
-    lines = ["# The paper's findings in the generated world", f"\nSeeds: {len(outs)}. {__doc__.strip()}"]
+    results = gather(args.runs, seeds, to / "findings.jsonl")
+    for seed in seeds if not args.report else ():
+        run_seed(f"{args.runs}/seed{seed}", seed, [x for x in arms if (x, seed) not in results], args.jobs)
+        results = gather(args.runs, seeds, to / "findings.jsonl")
+    if not results:
+        raise ValueError(f"neither {to}/findings.jsonl nor {args.runs} has a result: leave out --report")
+    lines = ["# The paper's findings in the generated world", f"\n{__doc__.strip()}", *summary(keys, results)]
     for key in keys:
-        lines += section(key, outs)
-        groups = report.group_seeds(outs)
-        curves = {arm: [rows for _, rows in groups[arm]] for arm in arms_of(FINDINGS[key])}
-        report.plot_rl(curves, str(to / f"findings-{key}.png"))
+        lines += section(key, results, to / f"findings-{key}.png")
     files.write_text(to / "findings.md", "\n".join(lines))
     files.print0("\n".join(lines) + f"\nwrote {to}/findings.md")
 

@@ -104,6 +104,7 @@ def rl_rows(runs: dict[str, list[dict]]) -> list[dict]:
             low, high = verify.wilson(round(e["eval_accuracy"] * e["eval_n"]), e["eval_n"])
             row |= {when: e["eval_accuracy"], when + "_low": low, when + "_high": high}
             row["length_" + when] = e["eval_length"]
+            row["calls_" + when] = e.get("eval_calls")
             row |= {f"{when}/{k[14:]}": x for k, x in e.items() if k.startswith("eval_accuracy/")}
         table.append(row | {"difference": row["after"] - row["before"]})
     return table
@@ -119,7 +120,10 @@ def rl_table(table: list[dict]) -> str:
         points = f"{100 * t['difference']:+.1f} points"
         lines.append(f"| {t['start']} | {before} | {after} | {points} | {lengths} | {t['steps']} |")
     said = f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals"
-    return "\n".join([*lines, "", f"{said}; mean lengths in tokens.", *level_lines([[t] for t in table])])
+    said += "; mean lengths in tokens." + "".join(
+        f" Calls per response, {t['start']}: {t['calls_before']:.1f} → {t['calls_after']:.1f}."
+        for t in table if t["calls_after"] is not None)
+    return "\n".join([*lines, "", said, *level_lines([[t] for t in table])])
 
 
 def level_lines(tables: list[list[dict]]) -> list[str]:
@@ -148,13 +152,14 @@ def made_by(out: str, name: str) -> dict[str, dict]:
     """The settings of an RL run and of the stages below it, but for what follows from the seed."""
     found = {"rl": dict(midtrain.read_settings(os.path.join(out, "rl-" + name)) or {})}
     stage, ckpt = found["rl"].get("branch"), found["rl"].get("ckpt") or ""
-    found["rl"]["ckpt"] = os.path.relpath(ckpt, out) if ckpt.startswith(out) else ckpt
+    _, inside, below = f"/{ckpt}".partition(f"/{os.path.basename(os.path.abspath(out))}/")
+    found["rl"]["ckpt"] = below if inside else ckpt  # as it is called in each seed's folder
     while stage and (below := midtrain.read_settings(os.path.join(out, stage))):
         found[below["stage"]], stage = below, below["starts_from"]
     for one in found.values():  # the vocabulary is trained on a seed's text: words more or less
         one["model"] = {k: v for k, v in one.get("model", {}).items() if k != "vocab_size"}
-    return {  # what is None may be a flag that the version of another run did not have
-        x: {k: v for k, v in one.items() if k not in OF_A_SEED and v is not None} for x, one in found.items()}
+    return {  # what is off (None, False, 0) may be a flag that the version of another run did not have
+        x: {k: v for k, v in one.items() if k not in OF_A_SEED and v} for x, one in found.items()}
 
 
 def group_seeds(outs: list[str]) -> dict[str, list[tuple[dict, list[dict]]]]:

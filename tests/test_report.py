@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -151,17 +152,45 @@ def test_findings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["findings", "--only", "F1", "--seeds", "2", "--runs", str(tmp_path)])
     findings.main()  # nothing is left to run
     text = (tmp_path / "findings.md").read_text()
-    assert "| after RL, clean above noisy | +50.0 (+35.0 to +65.0) | shown |" in text
-    assert "| before RL, clean above noisy | +0.0 (+0.0 to +0.0) | not shown |" in text
+    assert "| after RL, clean above noisy | +50.0 (+35.0 to +65.0) | 2 | shown |" in text
+    assert "| before RL, clean above noisy | +0.0 (+0.0 to +0.0) | 2 | not shown |" in text
     assert "| web | 0.0% | 75.0% | 0.0 → 75.0, 0.0 → 75.0 |" in text
     assert (tmp_path / "findings-F1.png").stat().st_size > 9000
     ran = []
-    monkeypatch.setattr(findings, "command", lambda out, program, flags, *rest: ran.append(flags))
+    monkeypatch.setattr(findings, "command", lambda out, seed, line, log: ran.append(line))
     monkeypatch.setattr(sys, "argv", ["findings", "--only", "F5", "--seeds", "1", "--runs", str(tmp_path)])
-    with pytest.raises(ValueError, match="no seed in .* has all of the arms stable_50, stable_25, stable"):
+    findings.main()
+    assert "\nNot measured yet: stable_50, stable_25, stable." in (tmp_path / "findings.md").read_text()
+    of_seed = "--seed {seed} --out {out}"
+    stages = [f"midtrain.py --branch {x} --keep-every 600 --threads 2 {of_seed}" for x in ("base", "stable")]
+    assert ran[:2] == stages
+    assert f"rl.py --ckpt {{out}}/stable@600 --name stable_25 --threads 1 {of_seed}" in ran
+    ran.clear()
+    findings.run_seed(f"{tmp_path}/seed1", 1, ["own"], 2)  # what it is made of comes first
+    assert [" ".join(line.split()[:3]) for line in ran[2:]] == [
+        "midtrain.py --branch stable", "rl.py --branch stable", "-m data.prepare --out",
+        "midtrain.py --branch long", "rl.py --branch own"]
+    shutil.rmtree(tmp_path / "seed1")  # its lines stay, and are not run again
+    ran.clear()
+    monkeypatch.setattr(sys, "argv", ["findings", "--only", "F1", "--seeds", "2", "--runs", str(tmp_path)])
+    findings.main()
+    assert (tmp_path / "findings.md").read_text() == text and not ran
+    (tmp_path / "seed2/rl-web/config.json").write_text(json.dumps({"branch": "web", "lr": 3.0}))
+    with pytest.raises(ValueError, match="seed2/rl-web was made with other settings than the arm"):
         findings.main()
-    assert ran[:2] == [f"--branch {x} --keep-every 600 --threads 2" for x in ("base", "stable")]
-    assert f"--ckpt {tmp_path}/seed1/stable@600 --name stable_25 --threads 1" in ran
+    lines = (tmp_path / "findings.jsonl").read_text()
+    (tmp_path / "findings.jsonl").write_text("".join(x for x in lines.splitlines(True) if '"seed": 1' in x))
+    with pytest.raises(ValueError, match="the seeds of web have different settings"):
+        findings.main()
+    (tmp_path / "findings.jsonl").write_text(lines)
+    (tmp_path / "seed2/rl-web/config.json").write_text(json.dumps({"branch": "web", "seed": 2}))
+    (tmp_path / "seed2/logs").mkdir()
+    (tmp_path / "seed2/logs/web.json").write_text('{"flags": ["--steps 800"]}')
+    with pytest.raises(ValueError, match="seed2/rl-web was made with other settings"):
+        findings.main()
+    monkeypatch.setattr(sys, "argv", ["findings", "--report", "--runs", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="neither .*findings.jsonl nor .* has a result"):
+        findings.main()
     monkeypatch.setattr(sys, "argv", ["findings", "--only", "F9"])
     with pytest.raises(ValueError, match="no finding F9 .valid: F0, F1"):
         findings.main()
@@ -174,7 +203,8 @@ def test_every_arm_has_flags_that_the_programs_know(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["midtrain.py", *(arm.stage or "--branch base").split()])
         args = midtrain.parse_args()
         mixture = midtrain.resolve_mixture(args.mix, "tiny")
-        assert set(mixture) <= set(recipes.KINDS["tiny"])
+        added = {part.split("=")[0] for line in arm.data for part in line.split() if "=" in part}
+        assert set(mixture) <= set(recipes.KINDS["tiny"]) | added and added <= set(mixture)
         assert not mixture or sum(mixture.values()) == pytest.approx(1)
     claimed = {arm for finding in findings.FINDINGS.values() for arm in findings.arms_of(finding)}
     assert claimed == set(findings.ARMS)
