@@ -804,7 +804,7 @@ def test_a_run(checkpoint, uninterrupted):
     assert all(row["gap_max"] <= 1e-4 for row in rows[1:]), "fp32"
     assert len(texts) == 6 and all(len(text.splitlines()) == 16 for text in texts.values())
     row = json.loads(texts["step_000001.jsonl"].splitlines()[0])
-    assert row.keys() == {"problem", "gold", "response", "reward", "tokens", "finish"}
+    assert row.keys() == {"problem", "gold", "response", "reward", "correct", "tokens", "finish"}
 
 
 class Crash(Exception):

@@ -475,7 +475,8 @@ def test_samples_are_graded_in_order():
 def test_benchmarks_count_samples_items_and_lengths():
     sampler = StubSampler()
     problems = [{"problem": f"#{k}", "answer": str(k) if k < 4 else "0"} for k in (1, 2, 3, 4)]
-    args = SimpleNamespace(shots=0, template="simple", n=2, max_new_tokens=50, temperature=1.0, seed=5)
+    args = SimpleNamespace(shots=0, template="simple", n=2, max_new_tokens=50, temperature=1.0, seed=5,
+                           tool=False)
     rows = verify.bench_rows(sampler, "gsm8k", problems, args, SimpleNamespace(rank=0, size=1))
     assert [row["correct"] for row in rows] == [True] * 4 + [False] * 4
     assert [row["item"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
