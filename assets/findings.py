@@ -93,6 +93,7 @@ class Finding(NamedTuple):
     notes: tuple[str, ...] = ()  # what was seen, and tried
 
 
+ONE_THREAD = "Measured in fp32, one thread an arm, two AMD cores without AVX512-BF16, torch 2.13."
 FINDINGS = {
     "F0": Finding(
         "Without mid-training RL does little, unless the base has seen mathematics and questions",
@@ -138,7 +139,8 @@ FINDINGS = {
         "20B, 70B, 100B: 33.0, 38.8, 39.4",
         (Claim("half of stable above a quarter", "stable_50", "stable_25"),
          Claim("all of stable above half", "stable", "stable_50"),
-         Claim("before RL, all above a quarter (the paper: barely)", "stable", "stable_25", "before"))),
+         Claim("before RL, all above a quarter (the paper: barely)", "stable", "stable_25", "before")),
+        (ONE_THREAD,)),
     "F6": Finding(
         "More chains in the decay help, and level off past 30 %",
         "10 to 40 % of QA in a decay of 10B tokens: gains level off past 30 %",
@@ -165,7 +167,7 @@ FINDINGS = {
         (Claim("with a calculator above long", "tool", "long"),
          Claim("the same before RL", "tool", "long", "before")),
         ("At four operations it is 76 % against 58 %. Calls per response: 2.1 and 1.2 before RL, 2.5 and 2.4 "
-         "from step 10 on.",)),
+         "from step 10 on.", ONE_THREAD)),
     "O": Finding(
         "Can the chains of a decay be the model's own? Right rollouts of RL from stable, and RL again",
         "left open: is an RL-friendly model possible without distillation from one that thinks long?",
@@ -174,7 +176,7 @@ FINDINGS = {
          Claim("own chains above short ones", "own", "short"),
          Claim("long ones above own chains", "long", "own")),
         ("The source is small: 596 and 478 right responses of 7,680, each once, read 14 and 19 times. "
-         "They are short chains: what stable never writes, it cannot teach itself.",)),
+         "They are short chains: what stable never writes, it cannot teach itself.", ONE_THREAD)),
 }
 
 
