@@ -83,7 +83,6 @@ from midtrain import World
 from model import PRESETS, Llama, LlamaConfig, config_from_hf, load_pretrained
 from sample import (
     GPU_SHARE,
-    MAX_CALLS,
     Sampler,
     cache_bytes,
     calls_of,
@@ -584,7 +583,7 @@ def update_metrics(sums: dict[str, float], norms: list[float], args, world: Worl
 def train(args, world: World) -> None:
     """GRPO to --steps, from where the run's folder stands. After a signal: save, SystemExit(128 + signal)."""
     source, name = starting_point(args)
-    args.tool = calls_of(source, args.tool) > 0 or None  # None: as older runs without it have it
+    args.tool = (max_calls := calls_of(source, args.tool)) > 0 or None  # None: as older runs have it
     folder = os.path.join(args.out, name)
     model, reference, tok = load_policy(source, args, world)
     train_problems, held_out = read_problems(args, tok)
@@ -595,7 +594,7 @@ def train(args, world: World) -> None:
     warn_of_positions(model.config, args)
     optimizer = midtrain.make_optimizer(model, args.lr, weight_decay=0.0)
     make_state(optimizer)
-    sampler = Sampler(model, tok, args.slots, max_calls=MAX_CALLS if args.tool else 0)
+    sampler = Sampler(model, tok, args.slots, max_calls=max_calls)
     saved = midtrain.on_rank0(lambda: midtrain.open_folder(folder, settings))
     meta = midtrain.load_checkpoint(saved, model, optimizer) if saved else {}
     start = meta.get("step", 0)
@@ -745,7 +744,7 @@ def write_rollouts(path: str, samples: list[Sample], problems: list[dict], world
     for s in sorted((s for part in parts for s in part), key=lambda s: s.group):  # groups stay in order
         problem, finish = problems[s.group], "stop" if s.stopped else "length"
         row = {"problem": problem["problem"], "gold": problem["answer"], "response": s.text}
-        row |= {"reward": s.reward, "correct": bool(s.correct)}
+        row |= {"reward": s.reward, "correct": s.correct}
         rows.append(row | {"tokens": len(s.tokens), "finish": finish})
     if files.is_rank0():
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -145,12 +145,12 @@ class Stop:
         self.look = torch.tensor(look, device=device)  # (V,): the tokens after which ends() can be true
         self.window = max(map(len, self.strings), default=0)  # in tokens, each of which has at least one byte
 
-    def ends(self, tokens: list[int]) -> bool:
-        """Whether the last of these tokens completes a stop. Those before it are known not to."""
-        if not tokens:
-            return False
-        tail = b"".join(self.pieces[token] for token in tokens[-self.window :]) if self.strings else b""
-        return tokens[-1] in self.ids or any(s in tail for s in self.strings)
+    def ends(self, tokens: list[int], own: int = 0) -> bool:
+        """Whether the last of these tokens completes a stop. Those before it are known not to, and the first
+        `own` have no part in one."""
+        tail = tokens[max(own, len(tokens) - self.window) :] if self.strings else []
+        data = b"".join(self.pieces[token] for token in tail)
+        return len(tokens) > own and (tokens[-1] in self.ids or any(s in data for s in self.strings))
 
     def visible(self, tokens: list[int], own: int = 0) -> bytes:
         """The bytes of the tokens up to what stopped them, which was none of the first `own`."""
@@ -348,7 +348,7 @@ class Rollout:
         """Complete a row if its last token ends it; else note a call that this token completes."""
         if not all(map(math.isfinite, row.logprobs)):
             raise ValueError("the logits are not finite: the weights are damaged or the training diverged")
-        stopped = self.stop.ends(row.tokens[row.own :])
+        stopped = self.stop.ends(row.tokens, row.own)
         if stopped or len(row.tokens) >= row.limit:
             text = self.stop.visible(row.tokens, row.own).decode("utf-8", "replace")
             row.completion = Completion(row.tokens, row.logprobs, text, "stop" if stopped else "length")

@@ -184,21 +184,24 @@ def arms_of(finding: Finding) -> list[str]:
     return list(dict.fromkeys(arm for c in finding.claims for arm in (c.more, c.less) if arm))
 
 
-OF_SEED = "--seed {seed} --out {out}"
-
 # ---- Running -----------------------------------------------------------------------------------------------
+
+OF_SEED = "--seed {seed} --out {out}"
 
 
 def run_seed(out: str, seed: int, arms: list[str], jobs: int) -> None:
     """Run what of these arms is not there yet: first the stages that others stand on."""
-    todo = [arm for arm in arms if arm not in report.read_rl(out)]
+    done = report.read_rl(out)
+    if not (todo := [arm for arm in arms if arm not in done]):
+        return
+    Path(out, "logs").mkdir(parents=True, exist_ok=True)
     rl_only = {ARMS[arm].rl.split()[1] for arm in todo if not ARMS[arm].stage and "--branch" in ARMS[arm].rl}
     first = ["base --keep-every 600", "stable --keep-every 600", *sorted(rl_only)]
-    for stage in first if todo else ():
+    for stage in first:
         command(out, seed, f"midtrain.py --branch {stage} --threads {jobs} {OF_SEED}", stage.split()[0])
-    todo += sorted({ARMS[arm].needs for arm in todo} - {"", *todo, *report.read_rl(out)})
+    todo += sorted({ARMS[arm].needs for arm in todo} - {"", *todo, *done})
     minutes = sum(ARMS[arm].minutes for arm in todo)
-    bar = tqdm(desc=out, total=minutes, unit="min of one core", disable=not todo)
+    bar = tqdm(desc=out, total=minutes, unit="min of one core")
     todo.sort(key=lambda arm: -ARMS[arm].minutes)
     with ThreadPoolExecutor(jobs) as pool:
         for later in (False, True):
@@ -209,7 +212,6 @@ def run_seed(out: str, seed: int, arms: list[str], jobs: int) -> None:
 
 def run_arm(out: str, name: str, seed: int) -> None:
     arm = ARMS[name]
-    Path(out, "logs").mkdir(parents=True, exist_ok=True)
     files.write_json(Path(out) / f"logs/{name}.json", flags_of(name))
     for line in arm.data:
         command(out, seed, line, f"{name}-data")
@@ -227,7 +229,6 @@ def command(out: str, seed: int, line: str, log: str) -> None:
     fails, with the last line of that."""
     args = [part.format(out=out, seed=seed) for part in shlex.split(line)]
     path = Path(out) / "logs" / f"{log}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         code = subprocess.run([sys.executable, *args], stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
@@ -238,10 +239,10 @@ def command(out: str, seed: int, line: str, log: str) -> None:
 # ---- Results -----------------------------------------------------------------------------------------------
 
 
-def result_of(out: str, seed: int, arm: str) -> dict:
+def result_of(out: str, seed: int, arm: str, rows: list[dict]) -> dict:
     """What is kept of a run, a line of findings.jsonl: its evaluations, which problems it had right (by step:
     how many there were, their bits in hex), and a hash of the arm's flags and all settings but the seed."""
-    rows, right = report.read_rl(out)[arm], {}
+    right = {}
     for row in rows:
         evals = files.read_jsonl(Path(out) / f"rl-{arm}/evals/step_{row['step']:06d}.jsonl")
         bits = [x.get("correct", x["reward"] > 0) for x in evals]
@@ -263,10 +264,10 @@ def gather(runs: str, seeds: Iterable[int], path: Path) -> dict[tuple[str, int],
     that was made otherwise than its line, or its arm, says."""
     results = read_results(path)
     for seed in seeds:
-        for arm in report.read_rl(out := f"{runs}/seed{seed}"):
+        for arm, rows in report.read_rl(out := f"{runs}/seed{seed}").items():
             if arm not in ARMS:
                 continue
-            new = result_of(out, seed, arm)
+            new = result_of(out, seed, arm, rows)
             old = results.setdefault((arm, seed), new)
             made = files.read_json(Path(out) / f"logs/{arm}.json", missing_ok=True) or flags_of(arm)
             if old["settings"] != new["settings"] or made != flags_of(arm):
@@ -380,7 +381,7 @@ def main() -> None:
     results = gather(args.runs, seeds, to / "findings.jsonl")
     for seed in seeds if not args.report else ():
         run_seed(f"{args.runs}/seed{seed}", seed, [x for x in arms if (x, seed) not in results], args.jobs)
-        results = gather(args.runs, seeds, to / "findings.jsonl")
+        results = gather(args.runs, [seed], to / "findings.jsonl")
     if not results:
         raise ValueError(f"neither {to}/findings.jsonl nor {args.runs} has a result: leave out --report")
     lines = ["# The paper's findings in the generated world", f"\n{__doc__.strip()}", *summary(keys, results)]

@@ -39,10 +39,13 @@ class Loader:
 
     def __init__(self, data_dir, mixture: dict[str, float], seq_len: int, batch_size: int, seed: int = 0):
         self.names, self.seq_len, self.batch_size, self.seed = tuple(mixture), seq_len, batch_size, seed
-        self.train, self.val = _open_shards(Path(data_dir), mixture, seq_len)
-        self.tools = [s for s, name in enumerate(mixture) if has_results(read_index(data_dir), name)]
-        tok = tokenizer.load(data_dir) if self.tools else None
-        self.marks = [tok.encode(mark) for mark in (prompts.RESULT, prompts.END_RESULT) if tok]
+        if (index := read_index(data_dir)) is None:
+            what = f"{data_dir} has no prepared data (no index.json)"
+            raise FileNotFoundError(f"{what}: run python -m data.prepare")
+        tok = tokenizer.load(data_dir)
+        self.train, self.val = _open_shards(Path(data_dir), index, tok.hash, mixture, seq_len)
+        self.tools = [s for s, name in enumerate(mixture) if has_results(index, name)]
+        self.marks = [tok.encode(mark) for mark in (prompts.RESULT, prompts.END_RESULT)]
         self.counts = block_counts(mixture)  # (sources,) sequences of each in a block
         self.sizes = np.array([_sequences(shard, seq_len) for shard in self.train])  # (sources,)
 
@@ -158,15 +161,13 @@ def _permute(x: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
 # ---- The rows ----------------------------------------------------------------------------------------------
 
 
-def _open_shards(folder: Path, mixture: dict, seq_len: int) -> tuple[list[Shard], list[Shard]]:
-    if (index := read_index(folder)) is None:
-        raise FileNotFoundError(f"{folder} has no prepared data (no index.json): run python -m data.prepare")
+def _open_shards(folder: Path, index: dict, words: str, mixture: dict, seq_len: int):
+    """(shards to train on, held-out ones) of the sources of a mixture; words: the tokenizer's hash."""
     if unknown := [name for name in mixture if name not in index["sources"]]:
         raise ValueError(f"{folder} has no source {unknown[0]!r} (it has: {', '.join(index['sources'])})")
-    expected = tokenizer.load(folder).hash
     train, val = ([Shard(folder / f"{name}.{split}.bin") for name in mixture] for split in ("train", "val"))
     for shard in train + val:
-        if shard.header["tokenizer"] != expected:
+        if shard.header["tokenizer"] != words:
             raise ValueError(f"{shard.path} was made with another tokenizer than {folder}'s: {AGAIN}")
         if shard.kind == "document" and shard.seq_len != seq_len:
             raise ValueError(f"{shard.path} is packed for sequences of {shard.seq_len} tokens, not {seq_len}")

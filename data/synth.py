@@ -447,6 +447,13 @@ def page(rng: random.Random, split: str) -> tuple[str, bool]:
     return " ".join(_with_menus(rng, text, rng.randint(0, 2))), useful
 
 
+def labelled_pages(seed: int) -> Iterator[dict]:
+    """Endless {"text", "useful"}: the documents of crawl, in their order."""
+    rng = random.Random(f"crawl/{seed}/train")
+    while True:
+        yield dict(zip(("text", "useful"), page(rng, "train")))
+
+
 def _instruct(rng: random.Random, split: str) -> str:
     """A turn of a helpful assistant: small tasks in words and numbers, problems that say how to answer."""
     kind = rng.randrange(5)
@@ -498,13 +505,12 @@ def main() -> None:
         for row in problems(args.problems, args.n, args.seed):
             print(f"[{row['id']}, level {row['level']}] {row['problem']}\n  {row['solution']}\n")
         return
-    rng = random.Random(f"crawl/{args.seed}/train")  # as documents() has it
-    texts = islice(documents(args.source, args.seed), args.n)
+    rows = ({"text": text} for text in documents(args.source, args.seed))
+    rows = islice(labelled_pages(args.seed) if args.source == "crawl" else rows, args.n)
     if args.jsonl:
-        label = (lambda: {"useful": page(rng, "train")[1]}) if args.source == "crawl" else dict
-        return write_jsonl(args.jsonl, ({"text": text} | label() for text in texts))
-    for text in texts:
-        print(text, end="\n\n")
+        return write_jsonl(args.jsonl, rows)
+    for row in rows:
+        print(row["text"], end="\n\n")
 
 
 if __name__ == "__main__":

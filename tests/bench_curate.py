@@ -9,6 +9,7 @@ labels. Speed is of one worker, reading and writing included, training left out 
 """
 
 import gzip
+import itertools
 import json
 import random
 import resource
@@ -45,9 +46,8 @@ def pages(folder: Path | None, temporary: Path) -> tuple[Path, Path]:
     labels, crawl = temporary / "labels.jsonl", temporary / "crawl.jsonl"
     if folder is None:
         for path, n, seed in ((labels, 3000, 1), (crawl, 40_000, 0)):
-            rng = random.Random(f"crawl/{seed}/train")
-            rows = (synth.page(rng, "train") for _ in range(n))
-            files.write_jsonl(path, ({"text": text, "useful": x, "from": str(x)} for text, x in rows))
+            rows = itertools.islice(synth.labelled_pages(seed), n)
+            files.write_jsonl(path, (row | {"from": str(row["useful"])} for row in rows))
         return labels, crawl
     files.write_jsonl(labels, rows_of(folder, True, MATHS) + rows_of(folder, False, OTHER))
     mixed = [row for useful, names in TEST.items() for row in rows_of(folder, useful, names)]

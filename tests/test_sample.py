@@ -491,7 +491,11 @@ def test_a_preempted_row_is_computed_again(rollouts, monkeypatch):
 def test_a_decode_step_reads_nothing_back(block_len, params):
     """It runs on meta tensors, which have no numbers to read."""
     sampler = Sampler(random_llama(), None, block_len=block_len)
-    rollout = sampler._rollout(PROMPTS, 2, 20, SamplingParams(**params), 0, (3, 50))
+    decode_without_numbers(sampler._rollout(PROMPTS, 2, 20, SamplingParams(**params), 0, (3, 50)))
+
+
+def decode_without_numbers(rollout):
+    """A step, and then one on meta tensors."""
     rollout.step()
     for part in (rollout, rollout.stop, rollout.cache.kv):
         for name, value in vars(part).items():
