@@ -7,6 +7,7 @@
 A row is a run. Runs in several folders are averaged as seeds if all their settings but the seed are equal.
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import verify
 from data import files
 
 COLOURS = {name: stage.colour for name, stage in midtrain.RECIPE.items()}
+OTHERS = ("#CC6677", "#AA4499", "#44AA99", "#999933", "#882255", "#888888")  # of runs by other names, in turn
 
 # ---- Mid-training ------------------------------------------------------------------------------------------
 
@@ -200,9 +202,10 @@ def plot_rl(groups: dict[str, list[list[dict]]], path: str) -> None:
     """Accuracy and length against the step: a line per starting point, the mean over its runs, which are
     seeds, and a band from the lowest to the highest. All points are on the same problems (--eval-subset)."""
     figure, (left, right) = figure_of(2, (10, 4.2))
+    others = itertools.cycle(OTHERS)
     for (name, runs), marker in zip(groups.items(), "osD^v*PX" * 9, strict=False):
         style = {"marker": marker, "markersize": 4, "linewidth": 2, "label": name}
-        style["color"] = COLOURS.get(name.split(" ")[0])
+        style["color"] = COLOURS.get(name.split(" ")[0]) or next(others)
         for axes, key, unit in ((left, "accuracy", 100), (right, "length", 1)):
             curve, evaluated = f"curve_{key}", f"eval_{key}"
             values = [{r["step"]: unit * r.get(curve, r[evaluated]) for r in rows} for rows in runs]
