@@ -211,7 +211,7 @@ class AttentionContext(NamedTuple):
     mask: Tensor | None  # added to the scores; None where none is needed
     prefix: Tensor | None  # (B,): tokens at the start of a row that all its documents go on from
     cache: "KVCache | None"
-    places: tuple[Tensor, Tensor] | None  # of the tokens in the cache
+    places: tuple[Tensor, Tensor] | None  # of the tokens in the cache; a kernel finds that of one per row
     prompt: bool  # the first tokens of an empty cache, which see nothing but each other
 
 
@@ -225,19 +225,20 @@ class Attention(nn.Module):
         self.k = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, config.qkv_bias)
         self.v = Linear(config.hidden_size, config.num_kv_heads * config.head_dim, config.qkv_bias)
         self.o = Linear(config.num_heads * config.head_dim, config.hidden_size, False)
-        self.heads = (config.num_heads, config.num_kv_heads)
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.stacked = None  # while sampled: q, k and v as one matrix, and its bias
 
     def forward(self, x: Tensor, context: AttentionContext, layer: int) -> Tensor:
         if self.stacked is None:
             q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q, self.k, self.v))
+        else:
+            q, k, v = F.linear(x, *self.stacked).unflatten(-1, (-1, self.head_dim)).split(self.heads, 2)
+        if context.cache is not None and context.places is None:
+            q = context.cache.rotate_and_write(layer, q, k, v, *context.rope)
+        else:
             q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
-        else:  # one product, and q and k turn together
-            heads, turned = F.linear(x, *self.stacked).unflatten(-1, (-1, self.head_dim)), sum(self.heads)
-            q, k = apply_rope(heads[:, :, :turned], *context.rope).split(self.heads, 2)
-            v = heads[:, :, turned:]
-        if context.cache is not None:
-            context.cache.write(layer, context.places, k, v)
+            if context.cache is not None:
+                context.cache.write(layer, context.places, k, v)
         if context.cache is None or context.prompt:
             out = attention(q, k, v, context.doc_start, context.mask, context.prefix, context.prompt)
         else:
@@ -330,7 +331,7 @@ class Llama(nn.Module):
         if cache is not None:
             assert doc_start is None, "a cache holds one document per slot"
             positions = positions + cache.lengths[:B, None]
-            places = cache.places(positions)
+            places = None if kernel and T == 1 else cache.places(positions)
             if T > 1 and not prompt or T == 1 and not (kernel or cache.paged):
                 mask = cache.mask(positions, x.dtype)
         elif doc_start is not None:
@@ -447,6 +448,13 @@ class KVCache:
         self.k[layer].flatten(0, 1)[places] = k.to(self.k.dtype)
         self.v[layer].flatten(0, 1)[places] = v.to(self.v.dtype)
 
+    def rotate_and_write(self, layer: int, q, k, v, cos: Tensor, sin: Tensor) -> Tensor:
+        """In one kernel, of a token per slot: q (B, 1, H, D) with apply_rope(), write() of k so and v."""
+        self.empty, B = False, len(q)
+        q, k, v, cos, sin = (x[:, 0] for x in (q, k, v, cos[:, 0], sin[:, 0]))
+        pools, rows = (self.k[layer], self.v[layer]), (self.table[:B], self.lengths[:B])
+        return torch.ops.octo.rope_to_cache(q, k, v, cos, sin, *pools, *rows)[:, None]
+
 
 def cached_attention(q: Tensor, cache: KVCache, layer: int, mask: Tensor | None) -> Tensor:
     """Attention of q (B, T, H, D) to slots 0..B-1 of the cache, given its mask → (B, T, H, D).
@@ -535,7 +543,7 @@ def _ranges(x: Tensor, ranges: list[tuple[int, int]], dim: int) -> Tensor:
 _asked_for = {os.environ.get("TRITON_INTERPRET"), os.environ.get("OCTO_KERNELS")}
 REGISTERED = triton and (torch.cuda.is_available() or "1" in _asked_for)
 _jit = triton.jit if triton else lambda function: function
-_op = partial(triton_op, mutates_args={}) if REGISTERED else lambda name: lambda function: function
+_op = partial(triton_op, mutates_args={}) if REGISTERED else lambda name, **_: lambda function: function
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _wrap = (lambda kernel: kernel) if INTERPRETED else wrap_triton  # torch before 2.13 wraps nothing interpreted
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)  # the hardware has 2^x
@@ -1044,6 +1052,53 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: T
         BLOCK_N=block_n, ALIGNED=block_len % block_n == 0, num_warps=warps, num_stages=stages,
     )
     _wrap(_decode_merge)[(R * H,)](part, lse, lengths, out, pieces, H=H, D=D, SPLIT=DECODE_SPLIT, num_warps=1)
+    return out
+
+
+# ---- Rotary embedding of a new token, and its place in the cache -------------------------------------------
+# In plain PyTorch a step of decoding starts ten kernels here in each layer, of which none has anything to do.
+# A program takes one KV head of one row: its query heads, its key and its value.
+
+
+@_jit
+def _rope_to_cache(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, table_ptr, lengths_ptr, o_ptr, k_pool_ptr, v_pool_ptr,
+    sq, sk, sv, blocks, block_len, sb, sh, st, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    G: tl.constexpr = H // K
+    row, kv = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
+    g, d = tl.arange(0, HEADS), tl.arange(0, D)  # HEADS: G rounded up to a power of two
+    pair = (d + D // 2) % D  # the number that each is turned with
+    cos, sin = tl.load(cos_ptr + row * D + d), tl.load(sin_ptr + row * D + d)
+    heads, valid = (kv * G + g)[:, None] * D, (g < G)[:, None]
+    q = tl.load(q_ptr + row * sq + heads + d[None, :], valid, 0.0).to(tl.float32) * cos[None, :]
+    q += tl.load(q_ptr + row * sq + heads + pair[None, :], valid, 0.0).to(tl.float32) * sin[None, :]
+    tl.store(o_ptr + row * H * D + heads + d[None, :], q.to(o_ptr.dtype.element_ty), valid)
+    n = tl.load(lengths_ptr + row)  # tokens that the row has: this one comes behind them
+    if n < blocks * block_len:
+        block = tl.load(table_ptr + row * blocks + n // block_len).to(tl.int64)
+        at = block * sb + kv.to(tl.int64) * sh + (n % block_len) * st + d
+        k = tl.load(k_ptr + row * sk + kv * D + d).to(tl.float32) * cos
+        k += tl.load(k_ptr + row * sk + kv * D + pair).to(tl.float32) * sin
+        tl.store(k_pool_ptr + at, k.to(k_pool_ptr.dtype.element_ty))
+        tl.store(v_pool_ptr + at, tl.load(v_ptr + row * sv + kv * D + d).to(v_pool_ptr.dtype.element_ty))
+
+
+@_op("octo::rope_to_cache", mutates_args=("k_pool", "v_pool"))
+def _rope_into(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pool: Tensor, v_pool: Tensor,
+               table: Tensor, lengths: Tensor) -> Tensor:
+    """q (R, H, D) and k, v (R, K, D), views of one product perhaps; cos, sin (R, D) in fp32; k and v become
+    tokens `lengths` (R,) of the pools' rows (see decode_attention) → q, turned."""
+    (R, H, D), K = q.shape, k.shape[1]
+    assert all(x.stride()[1:] == (D, 1) for x in (q, k, v)), "a row's heads lie behind one another"
+    assert k_pool.stride() == v_pool.stride() and k_pool.stride(-1) == 1
+    out, table, lengths = q.new_empty(R, H, D), table.contiguous(), lengths.contiguous()
+    _wrap(_rope_to_cache)[(R * K,)](
+        q, k, v, cos.contiguous(), sin.contiguous(), table, lengths, out, k_pool, v_pool, q.stride(0),
+        k.stride(0), v.stride(0), table.shape[1], *k_pool.shape[2:3], *k_pool.stride()[:3],
+        H=H, K=K, D=D, HEADS=triton.next_power_of_2(H // K), num_warps=1,
+    )
     return out
 
 

@@ -349,6 +349,27 @@ def decode_table() -> None:
         del k, v
 
 
+def rope_table() -> None:
+    """What stands between two products of a decoding step: so little that starting kernels is the cost."""
+    head("RoPE and cache of a new token, 64 rows, 24/8 heads of 128", "µs")
+    H, K, D = (6, 2, 32) if TINY else (24, 8, 128)
+    config = model.LlamaConfig(8, 1, 8, H, K, D, 8)
+    cache = model.KVCache(config, 64, 64, BF16, DEVICE, 64, 65)
+    cache.table[:] = torch.arange(1, 65, device=DEVICE)[:, None]
+    q, k, v = (randn(64, 1, heads, D) for heads in (H, K, K))
+    rope = model.rope_tables(torch.rand(D // 2, device=DEVICE), cache.lengths[:, None])
+
+    def plain():
+        turned, key = model.apply_rope(q, *rope), model.apply_rope(k, *rope)
+        cache.write(0, places, key, v)
+        return turned
+
+    places, ours = cache.places(cache.lengths[:, None]), partial(cache.rotate_and_write, 0, q, k, v, *rope)
+    same("rope", ours(), plain())
+    for name, f in {"one kernel": ours, "plain PyTorch": plain}.items():
+        row(name, f"{1000 * median_ms(f):.1f}")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Every tile
 
@@ -432,7 +453,7 @@ def main() -> None:
         return tune()
     rates = [copy_bandwidth(1 << (16 if TINY else 30)) / 1e9 for _ in range(3)]
     print(f"copy of 2 GiB: {statistics.median(rates):.0f} GB/s read and written")
-    for table in (attention_table, rms_norm_table, nll_table, decode_table):
+    for table in (attention_table, rms_norm_table, nll_table, decode_table, rope_table):
         table()
 
 

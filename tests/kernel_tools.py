@@ -38,7 +38,9 @@ if os.environ.get("TRITON_INTERPRET") == "1" and model.triton:
 # ------------------------------------------------------------------------------------------------------------
 # Compiled ahead of time: Triton's wheel carries NVIDIA's assembler and disassembler, so this needs no GPU
 
-FP32_POINTERS = {"lse_ptr", "delta_ptr", "part_ptr", "rstd_ptr", "nll_ptr", "grad_ptr", "dw_ptr"}
+FP32_POINTERS = {
+    "lse_ptr", "delta_ptr", "part_ptr", "rstd_ptr", "nll_ptr", "grad_ptr", "dw_ptr", "cos_ptr", "sin_ptr"
+}
 INTEGER_POINTERS = {
     "start_ptr": "*i64", "end_ptr": "*i32", "table_ptr": "*i32", "lengths_ptr": "*i64", "target_ptr": "*i64",
 }
@@ -81,6 +83,7 @@ def other_jobs(widths=(128, 2048, 3072, 4096), decode_tiles=(model.DECODE_TILE,)
             jobs.append((f"decode {D} {n}", model._decode_pieces, constants, warps, stages))
         constants = dict(H=H, D=D, SPLIT=model.DECODE_SPLIT)
         jobs.append((f"decode merge {D}", model._decode_merge, constants, 1, 3))
+        jobs.append((f"rope {D}", model._rope_to_cache, dict(H=H, K=K, D=D, HEADS=4), 1, 3))
     block, warps = model._NLL_TILE.values()
     jobs.append(("nll forward", model._nll_forward, dict(V=128_256, BLOCK=block), warps, 3))
     for ones in (False, True):

@@ -364,6 +364,49 @@ def test_decode_attention_kernel_in_many_pieces(run):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Rotary embedding of a new token, and its place in the cache
+
+
+def check_rope_to_cache(H, K, D, block_len, lengths, dtype, stacked, device="cpu"):
+    """Against apply_rope() and write(): of the pools nothing else changes, and a full row writes nothing."""
+    (k_pool, v_pool), table, _ = paged([n + 1 for n in lengths], K, D, block_len, dtype, device)
+    behind = torch.tensor(lengths, device=device)
+    cos, sin = llama.rope_tables(torch.rand(D // 2, device=device), behind[:, None])
+    heads = guarded(len(lengths), H + 2 * K, D, dtype=dtype, device=device)
+    q, k, v = (x if stacked else guarded(*x.shape, dtype=dtype, device=device).copy_(x)
+               for x in heads.split((H, K, K), 1))
+    old, args = [k_pool.clone(), v_pool.clone()], (q, k, v, cos[:, 0, 0], sin[:, 0, 0])
+    with tools.canaries():
+        out = torch.ops.octo.rope_to_cache(*args, k_pool, v_pool, table, behind)
+    q, k = (llama.apply_rope(x[:, None].double(), cos.double(), sin.double())[:, 0] for x in (q, k))
+    near(out, q, BAR[dtype])
+    for r, n in enumerate(lengths):
+        block, token = table[r, n // block_len], n % block_len
+        near(k_pool[block, :, token], k[r], BAR[dtype])
+        assert torch.equal(v_pool[block, :, token], v[r])
+        k_pool[block, :, token], v_pool[block, :, token] = (x[block, :, token] for x in old)
+    assert all(torch.equal(x.nan_to_num(77.0), y.nan_to_num(77.0)) for x, y in zip(old, (k_pool, v_pool)))
+    behind[:] = table.shape[1] * block_len
+    torch.ops.octo.rope_to_cache(*args, k_pool, v_pool, table, behind)
+    assert all(torch.equal(x.nan_to_num(77.0), y.nan_to_num(77.0)) for x, y in zip(old, (k_pool, v_pool)))
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "apart"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(
+    "H, K, D, block_len, lengths",
+    [
+        (2, 2, 16, 8, [0, 7, 8]),
+        (6, 2, 64, 16, [5, 31, 32, 0, 100]),
+        (4, 1, 128, 1, [3, 0]),
+        (8, 2, 32, 64, [9]),
+    ],
+)
+def test_rope_to_cache_kernel(H, K, D, block_len, lengths, dtype, stacked, run):
+    run(check_rope_to_cache, H, K, D, block_len, lengths, dtype, stacked)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Cross-entropy with the output projection
 
 
@@ -801,6 +844,8 @@ def check_opcheck():
         (ops.attention, (grad[3], grad[4], grad[5], starts)),
         (ops.attention_backward, (q, k, k.clone(), starts, *att, q.clone())),
         (ops.decode_attention, (q[:, 0], pool, pool.clone(), table, torch.tensor([20, 3]))),
+        (ops.rope_to_cache, (q[:, 0], k[:, 0], k[:, 1], x[:2, :16], x[2:4, :16], pool, pool.clone(), table,
+                             torch.tensor([20, 3]))),
         (ops.linear_nll, (grad[0], embed.clone().requires_grad_(), targets, 0.7)),
         (ops.linear_nll_backward, (x, embed, targets, nll[1], nll[0].clone(), 0.7)),
         (ops.linear_nll_sum, (grad[0], embed.clone().requires_grad_(), targets, 0.7)),
