@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import curate, files, prepare, recipes, shards, synth, tokenizer
+from data import classifier, curate, files, prepare, recipes, shards, synth, tokenizer
 from model import Llama, LlamaConfig
 from sample import Completion
 
@@ -216,29 +216,29 @@ WORDS = st.sampled_from(["Area", "of", "a", "circle,", "r^2", "é", "12.5", "x" 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(WORDS, max_size=12).map(" ".join), min_size=1, max_size=5))
 def test_a_score_depends_on_nothing_but_its_text(texts):
-    model = {"weights": np.sin(np.arange(1 << curate.BITS, dtype=np.float32)), "bias": 0.5}
-    together = curate.scores(model, texts)
-    assert together.tolist() == [curate.scores(model, [text])[0] for text in texts]
+    model = {"weights": np.sin(np.arange(1 << classifier.BITS, dtype=np.float32)), "bias": 0.5}
+    together = classifier.scores(model, texts)
+    assert together.tolist() == [classifier.scores(model, [text])[0] for text in texts]
     # case, line breaks and spaces are nothing, and neither are over-long words
     same = [text.upper().replace(" ", " \n ") + " " + "http" * 20 for text in texts]
-    assert curate.scores(model, same).tolist() == together.tolist()
+    assert classifier.scores(model, same).tolist() == together.tolist()
 
 
 def test_what_tells_texts_apart():
     texts = ["one two", "two one", "", "abcdefghijklmnop", "abcdefghjiklmnop", "17", "35", "10"]
-    word, pair, begin = curate.hashed(texts)
+    word, pair, begin = classifier.hashed(texts)
     of = [{*word[a:b].tolist()} for a, b in zip(begin, begin[1:])]
     pairs = [{*pair[a:b].tolist()} for a, b in zip(begin, begin[1:])]
     assert of[0] == of[1] and len(of[0]) == 3 and len(of[2]) == 1  # words, and the beginning
     assert not pairs[0] & pairs[1]  # order
     assert of[3] != of[4] and of[5] == of[6] != of[7]  # a digit is 0 or not
-    assert len(word) == begin[-1] and word.max() < 1 << curate.BITS
+    assert len(word) == begin[-1] and word.max() < 1 << classifier.BITS
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 100))
 def test_the_threshold_is_the_highest_that_keeps_the_recall(points, percent):
     points, recall = np.array(points, float), percent / 100
-    threshold = curate.threshold_for(points, recall)
+    threshold = classifier.threshold_for(points, recall)
     assert (points >= threshold).mean() >= recall - 1e-9
     assert (points > threshold).mean() < recall
 
@@ -275,9 +275,9 @@ def dying(function, calls):
 
 
 @pytest.mark.parametrize("broken, calls, parts", [
-    ("draw_curve", 0, 0), ("write_part", 0, 0), ("write_part", 3, 3)])
+    (classifier.draw_curve, 0, 0), (curate.write_part, 0, 0), (curate.write_part, 3, 3)])
 def test_the_same_bytes_after_a_kill(world, whole, tmp_path, monkeypatch, broken, calls, parts):
-    monkeypatch.setattr(curate, broken, dying(getattr(curate, broken), calls))
+    monkeypatch.setattr(sys.modules[broken.__module__], broken.__name__, dying(broken, calls))
     with pytest.raises(KeyboardInterrupt):
         run(world, tmp_path)
     monkeypatch.undo()
