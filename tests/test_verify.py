@@ -1,5 +1,7 @@
 """verify.py: what is equal, which answer a response gives, hostile input, benchmarks, the command line."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -10,13 +12,14 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import verify
-from data import benchmarks, prompts, recipes
+from data import benchmarks, files, prompts, recipes
 from data.files import read_jsonl
 from verify import extract_answer, is_equivalent, reward, wilson
 
@@ -569,10 +572,9 @@ def checkpoint(tmp_path_factory):
 
 
 def bench(checkpoint, folder, *flags, launch=()):
-    command = [sys.executable, *launch, ROOT / "verify.py", "--ckpt", checkpoint, "--data", folder]
-    command += ["--out", folder / "out", "--bench", "gsm8k,mmlu_stem", "--max-new-tokens", "9"]
-    command += ["--samples", "2", "--temperature", "1", *flags]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    args = ["--ckpt", checkpoint, "--data", folder, "--out", folder / "out", "--bench", "gsm8k,mmlu_stem"]
+    args += ["--max-new-tokens", "9", "--samples", "2", "--temperature", "1", *flags]
+    done = process(*args, launch=launch) if launch else run(*args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -723,9 +725,19 @@ def test_problems_seen_in_training_are_said(tmp_path):
 # The command line
 
 
+def process(*args, launch=()):
+    command = [sys.executable, *launch, str(ROOT / "verify.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
 def run(*args):
-    command = [sys.executable, str(ROOT / "verify.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    """The same in this process, which has imported torch already."""
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.object(sys, "argv", ["verify.py", *map(str, args)]):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with pytest.raises(SystemExit) as code:
+                files.run_cli(verify.main)
+    return subprocess.CompletedProcess(args, code.value.code, out.getvalue(), err.getvalue())
 
 
 def write_lines(path, *rows):
@@ -738,7 +750,7 @@ def test_grade_writes_the_rows_back(tmp_path):
         tmp_path / "in.jsonl", {"response": r"\boxed{\frac12}", "gold": "0.5", "id": 7},
         {"response": "no idea", "gold": "0.5"},
         {"problem": "?", "solution": "3 + 4 = 7\n#### 7", "answer": 7})
-    done = run("--grade", file, "--out", tmp_path / "out.jsonl")
+    done = process("--grade", file, "--out", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert "2 of 3 correct, 66.67%" in done.stdout and "33.33% without an answer" in done.stdout
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -768,6 +780,8 @@ def test_wrong_arguments_are_one_line():
         done = run(*args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "Traceback" not in done.stderr
+    own = process(*args)
+    assert own.returncode == 2 and own.stderr == done.stderr
     assert "no benchmark 'nonsense' (valid: gsm8k, math, " in done.stderr
 
 
