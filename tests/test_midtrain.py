@@ -543,7 +543,7 @@ def survive(folder: Path, kinds: list[str], ranks: int, steps: int, seed: int = 
     [(1, ["in preparation", "in a checkpoint", "all"]), (2, ["one rank", "in a checkpoint", "launcher"])],
 )
 def test_killed_and_started_again_is_a_run_that_nobody_killed(tmp_path, ranks, kinds):
-    assert survive(tmp_path, kinds, ranks, steps=120) == len(kinds), (
+    assert survive(tmp_path, kinds, ranks, steps=50) == len(kinds), (
         "the run was over before a kill: make it longer"
     )
 
