@@ -3,9 +3,9 @@
 # make tool       a further branch, not the paper's: thinks with a calculator; stable → tool → GRPO → the same table
 # make test       all tests, on a CPU
 # make findings   the paper's findings F0 to F6, three seeds, hours; ONLY=F1 SEEDS=1: a part (assets/findings.py)
-# make real DATA=DIR   a model of 28M parameters on public files (README): shards, base → stable → three branches, losses
-# make gpu        the first half hour on a GPU, in the environment that is there: tests/gpu.sh, parts A and B
-# make bench      the benchmarks: minutes each, figures for the README
+# make real DATA=DIR   a model of 28M parameters on public files (data/README.md): shards, all stages, losses
+# make gpu        the first twenty minutes on a GPU, with PYTHON's own torch: tests/gpu.sh, parts A and B
+# make bench      the benchmarks: minutes each, the figures of README and log
 # make lint | clean | distclean (clean keeps runs/, distclean asks before it deletes them)
 #
 # SEED=1 OUT=runs/seed1 another seed; PYTHON=python3.12 another interpreter; JOBS=4 more stages side by side.

@@ -1056,7 +1056,7 @@ def _decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: T
 
 
 # ---- Rotary embedding of a new token, and its place in the cache -------------------------------------------
-# In plain PyTorch a step of decoding starts ten kernels here in each layer, of which none has anything to do.
+# In plain PyTorch a step of decoding starts ten kernels here in each layer, each with almost no work.
 # A program takes one KV head of one row: its query heads, its key and its value.
 
 

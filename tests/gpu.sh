@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The first half hour on one card: what is written for GPUs runs there, and how fast.
+# The first twenty minutes on one card: what is written for GPUs runs there, and how fast.
 #
 #   bash tests/gpu.sh A          kernels against references, tests/test_gpu.py, training: under ten minutes
 #   bash tests/gpu.sh B          the programs, benchmarks, tiles, decoding: under ten minutes
-#   bash tests/gpu.sh dry        every stage of both in tiny shapes on a CPU, to find typing errors
+#   bash tests/gpu.sh dry        every stage of both in tiny shapes on a CPU, to find mistakes before a GPU is there
 #
 # Each stage has a limit of its own and a failure stops no other. $OUT (default gpu_out) gets each stage's log
-# and table.md, whose rows go into the README. PYTHON: the interpreter (default python3). torch, Triton,
+# and table.md. PYTHON: the interpreter (default python3). torch, Triton,
 # NumPy, safetensors and pytest are needed. The ranges expected are for an H100 SXM or an H200; they are
 # estimates, from the arithmetic of the kernels and figures that others have published: nothing was measured.
 set -u
