@@ -1,8 +1,8 @@
 """Mid-training: Stable-then-Decay, stage by stage (OctoThinker, arXiv 2506.20512).
 
     base  →  stable  →  short | long | hybrid | tool
-    (ours)   constant   cosine to a tenth of the learning rate, one branch per mixture; tool, as long with calls of
-                        a calculator, is ours, on the generated corpus only
+    (ours)   constant   cosine to a tenth of the learning rate, one branch per mixture; tool is ours too: as
+                        long, with calls of a calculator, on the generated corpus only
           →  controlled    cosine too, on the mixture that --mix names: what does one factor do?
 
     python midtrain.py --branch long                         # tiny, on any machine; earlier stages run first

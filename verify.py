@@ -774,8 +774,8 @@ ERROR = "error"
 
 def calculate(text: str) -> str:
     """The value of numbers, + - * / ^ and brackets, a whole number or a fraction, exact, as text. ERROR for
-    anything else: what the parser does not know, 1/0, a value that is irrational or long. Never raises."""
-    tree = parse(text) if EXPRESSION.fullmatch(text) else None
+    anything else: what the parser does not know, 1/0, a root, a value that is long. Never raises."""
+    tree = parse(text) if EXPRESSION.fullmatch(text) and not re.search(r"[\d.]\s+[\d.]", text) else None
     with contextlib.suppress(OutOfSteps, ArithmeticError, RecursionError):
         x = value(tree, Work()) if tree else None
         if isinstance(x, Fraction) and x.numerator.bit_length() + x.denominator.bit_length() <= RESULT_BITS:

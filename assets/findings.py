@@ -4,11 +4,15 @@
     make findings ONLY=F1 SEEDS=1        # one finding, one seed
     python -m assets.findings --only F1,F4 --seeds 3 --dry       # what would run, and for how long
 
-An *arm* is a stage of midtrain.py and GRPO on it, both with the sizes of `make`; the arms of a seed share its
-data, base and stable stage, in runs/seed1, … What is there already is not run again, nor what has a line in
-findings.jsonl, which keeps the results when the runs are gone. A *claim* compares two arms on the same 500
-held-out problems. Its interval is a bootstrap over seeds and problems (both drawn anew, 95 %): the claim is
-shown if all of it is above 0, reversed if all of it is below, else not shown.
+An *arm* is a stage of midtrain.py and GRPO on it, with the sizes of `make` unless its flags say otherwise;
+the arms of a seed share its data, base and stable stage, in runs/seed1, … What is there already is not run
+again, nor what has a line in findings.jsonl (in --to), which keeps the results when the runs are gone.
+
+A *claim* compares two arms on the same 500 held-out problems, in the seeds that have both. Its 95 %
+interval is a bootstrap over seeds and problems, or Student's interval of the seeds' means where that is
+wider: two or three seeds, drawn anew, say too little of others. The claim is shown if all of the interval
+is above 0, reversed if all of it is below, else not shown. The results in assets/ were measured in fp32,
+one thread an arm, on two AMD cores without AVX512-BF16, torch 2.13.
 """
 
 import hashlib
@@ -84,6 +88,7 @@ class Claim(NamedTuple):
     more: str  # the arm that is to have more
     less: str
     what: str = "after"  # accuracy after RL | before | gain: after - before | fall: best - last, of one arm
+    paper: bool = True  # does the paper have it so?
 
 
 class Finding(NamedTuple):
@@ -93,7 +98,6 @@ class Finding(NamedTuple):
     notes: tuple[str, ...] = ()  # what was seen, and tried
 
 
-ONE_THREAD = "Measured in fp32, one thread an arm, two AMD cores without AVX512-BF16, torch 2.13."
 FINDINGS = {
     "F0": Finding(
         "Without mid-training RL does little, unless the base has seen mathematics and questions",
@@ -116,7 +120,7 @@ FINDINGS = {
     "F2": Finding(
         "A tenth of question–answer data beside web text: short gives nothing, long a peak and a collapse",
         "web 36.6; with MegaMath-QA 34.6; with OpenR1 a peak of 47.6, then 7.2",
-        (Claim("short above web alone (the paper: it is not)", "qa_short", "web"),
+        (Claim("short above web alone", "qa_short", "web", paper=False),
          Claim("long above web alone", "qa_long", "web"),
          Claim("long falls after its best", "qa_long", "", "fall")),
         ("Tried first, with 800 steps of mid-training: nothing gets off the floor. Seeds 1, 2: web 1.8 → 3.4 "
@@ -137,15 +141,14 @@ FINDINGS = {
     "F5": Finding(
         "More stable tokens, more after RL, though scores before RL barely move",
         "20B, 70B, 100B: 33.0, 38.8, 39.4",
-        (Claim("half of stable above a quarter", "stable_50", "stable_25"),
-         Claim("all of stable above half", "stable", "stable_50"),
-         Claim("before RL, all above a quarter (the paper: barely)", "stable", "stable_25", "before")),
-        (ONE_THREAD,)),
+        (Claim("all of stable above half", "stable", "stable_50"),
+         Claim("half of stable above a quarter", "stable_50", "stable_25"),
+         Claim("before RL, all above a quarter", "stable", "stable_25", "before", paper=False))),
     "F6": Finding(
         "More chains in the decay help, and level off past 30 %",
         "10 to 40 % of QA in a decay of 10B tokens: gains level off past 30 %",
-        (Claim("20 % above 10 %", "long_20", "long_10"), Claim("30 % above 20 %", "long", "long_20"),
-         Claim("40 % above 30 % (the paper: hardly)", "long_40", "long"),
+        (Claim("40 % above 30 %", "long_40", "long", paper=False),
+         Claim("30 % above 20 %", "long", "long_20"), Claim("20 % above 10 %", "long_20", "long_10"),
          Claim("long:short 20:10 above 10:20", "hybrid_20_10", "hybrid_10_20"),
          Claim("long:short 15:15 above 10:20", "hybrid", "hybrid_10_20"))),
     "QA": Finding(
@@ -167,7 +170,7 @@ FINDINGS = {
         (Claim("with a calculator above long", "tool", "long"),
          Claim("the same before RL", "tool", "long", "before")),
         ("At four operations it is 76 % against 58 %. Calls per response: 2.1 and 1.2 before RL, 2.5 and 2.4 "
-         "from step 10 on.", ONE_THREAD)),
+         "from step 10 on.",)),
     "O": Finding(
         "Can the chains of a decay be the model's own? Right rollouts of RL from stable, and RL again",
         "left open: is an RL-friendly model possible without distillation from one that thinks long?",
@@ -176,7 +179,7 @@ FINDINGS = {
          Claim("own chains above short ones", "own", "short"),
          Claim("long ones above own chains", "long", "own")),
         ("The source is small: 596 and 478 right responses of 7,680, each once, read 14 and 19 times. "
-         "They are short chains: what stable never writes, it cannot teach itself.", ONE_THREAD)),
+         "They are short chains: what stable never writes, it cannot teach itself.",)),
 }
 
 
@@ -241,7 +244,7 @@ def command(out: str, seed: int, line: str, log: str) -> None:
 
 def result_of(out: str, seed: int, arm: str, rows: list[dict]) -> dict:
     """What is kept of a run, a line of findings.jsonl: its evaluations, which problems it had right (by step:
-    how many there were, their bits in hex), and a hash of the arm's flags and all settings but the seed."""
+    how many there were, their bits in hex), the arm's flags, a hash of them and all settings but the seed."""
     right = {}
     for row in rows:
         evals = files.read_jsonl(Path(out) / f"rl-{arm}/evals/step_{row['step']:06d}.jsonl")
@@ -250,13 +253,18 @@ def result_of(out: str, seed: int, arm: str, rows: list[dict]) -> dict:
     settings = json.dumps([report.made_by(out, arm), ARMS[arm][1:]], sort_keys=True)
     kept = [{k: x for k, x in row.items() if k.startswith(("step", "eval_", "curve_"))} for row in rows]
     digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-    return {"arm": arm, "seed": seed, "settings": digest, "rows": kept, "right": right}
+    return {"arm": arm, "seed": seed, "settings": digest, **flags_of(arm), "rows": kept, "right": right}
 
 
 def read_results(path: Path) -> dict[tuple[str, int], dict]:
-    """{(arm, seed): its line}; {} if there is no file yet."""
-    rows = files.read_jsonl(path) if path.exists() else ()
-    return {(row["arm"], row["seed"]): row for row in rows}
+    """{(arm, seed): its line}; {} if there is no file yet. ValueError for a line of an arm as it once was."""
+    results = {}
+    for row in files.read_jsonl(path) if path.exists() else ():
+        if row["arm"] not in ARMS or {"flags": row["flags"]} != flags_of(row["arm"]):
+            what = f"the line of {row['arm']}, seed {row['seed']}, is of other flags than the arm's"
+            raise ValueError(f"{path}: {what}: delete it")
+        results[row["arm"], row["seed"]] = row
+    return results
 
 
 def gather(runs: str, seeds: Iterable[int], path: Path) -> dict[tuple[str, int], dict]:
@@ -269,10 +277,13 @@ def gather(runs: str, seeds: Iterable[int], path: Path) -> dict[tuple[str, int],
                 continue
             new = result_of(out, seed, arm, rows)
             old = results.setdefault((arm, seed), new)
-            made = files.read_json(Path(out) / f"logs/{arm}.json", missing_ok=True) or flags_of(arm)
+            plain = flags_of(arm) if ARMS[arm].stage == f"--branch {arm}" else None  # by make
+            made = files.read_json(Path(out) / f"logs/{arm}.json", missing_ok=True) or plain
             if old["settings"] != new["settings"] or made != flags_of(arm):
                 what = f"{out}/rl-{arm} was made with other settings than the arm, or its line in {path}"
                 raise ValueError(f"{what}: delete that line, or {out}/{arm}, rl-{arm} and logs/{arm}.json")
+            if old["right"] != new["right"]:
+                files.print0(f"{out}/rl-{arm} ended otherwise than its line in {path}, which stays")
     if results:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_jsonl(path, (results[key] for key in sorted(results)))
@@ -300,22 +311,33 @@ def correct(result: dict, step: int) -> np.ndarray:
 def scores(result: dict, what: str) -> np.ndarray:
     """(problems,) what a claim compares, of one seed."""
     steps = [row["step"] for row in result["rows"]]
-    if what == "fall":  # the best step is chosen on every other problem, the fall measured on the rest
-        found = {step: correct(result, step) for step in steps}
-        few = min(map(len, found.values()))  # those that all evaluations have
-        best = max(found, key=lambda step: found[step][0:few:2].mean())
-        return found[best][1:few:2] - found[steps[-1]][1:few:2]
+    if what == "fall":  # the best step is chosen on half of the problems, the fall measured on the others
+        few = min(len(correct(result, step)) for step in steps)  # problems that all evaluations have
+        found, half = {step: correct(result, step)[:few] for step in steps}, np.arange(few) // 4 % 2 == 0
+        falls = np.empty(few)  # (four levels take turns: each half has all of them)
+        for chosen in (half, ~half):
+            best = max(found, key=lambda step: found[step][chosen].mean())  # noqa: B023
+            falls[~chosen] = (found[best] - found[steps[-1]])[~chosen]
+        return falls
     after, before = correct(result, steps[-1]), correct(result, 0)
     return {"after": after, "before": before, "gain": after - before}[what]
 
 
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % of t, 1, 2, … degrees of freedom
+
+
 def interval(d: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """d (seeds, problems) → (mean, low, high): a bootstrap over both, 95 %; one seed stays as it is."""
+    """d (seeds, problems) → (mean, low, high), 95 %: a bootstrap over both, or Student's ± t·sd/√seeds of the
+    seeds' means where that is wider. Of one seed: over its problems only."""
     rng = np.random.default_rng(0)
     seeds, problems = d.shape
     means = [d[np.ix_(rng.integers(seeds, size=seeds), rng.integers(problems, size=problems))].mean()
              for _ in range(draws)]
-    return (float(d.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
+    low, high = map(float, np.quantile(means, (0.025, 0.975)))
+    mean, wide = float(d.mean()), 0.0
+    if seeds > 1:
+        wide = STUDENT[min(seeds - 2, len(STUDENT) - 1)] * float(d.mean(1).std(ddof=1)) / seeds**0.5
+    return mean, min(low, mean - wide), max(high, mean + wide)
 
 
 def judge(claim: Claim, results: dict, seeds: list[int]) -> tuple[float, float, float, str]:
@@ -324,28 +346,42 @@ def judge(claim: Claim, results: dict, seeds: list[int]) -> tuple[float, float, 
     if claim.less:
         d = d - np.stack([scores(results[claim.less, seed], claim.what) for seed in seeds])
     mean, low, high = (100 * x for x in interval(d))
-    return mean, low, high, "shown" if low > 0 else "reversed" if high < 0 else "not shown"
+    verdict = "shown" if low > 0 else "reversed" if high < 0 else "not shown"
+    if not claim.paper:
+        verdict += ", unlike in the paper" if low > 0 else ", nor in the paper"
+    return mean, low, high, verdict
 
 
 def section(key: str, results: dict, picture: Path) -> list[str]:
-    """The lines of a finding: its arms, a picture, what was seen."""
+    """The lines of a finding: its arms, those of them that were run, a picture, what was seen."""
     finding, arms = FINDINGS[key], arms_of(FINDINGS[key])
-    lines = [f"\n## {key}. {finding.title}\n"]
-    if not (seeds := seeds_of(results, arms)):
-        return [*lines, f"Not measured yet: {', '.join(x for x in arms if not seeds_of(results, [x]))}."]
-    rows = {arm: [results[arm, seed]["rows"] for seed in seeds] for arm in arms}
-    table = {arm: [(report.rl_rows({arm: x})[0], x) for x in each] for arm, each in rows.items()}
-    report.plot_rl(rows, str(picture))
-    lines += [report.seeds_table(table), f"\n![Accuracy and length by GRPO step]({picture.name})"]
+    lines = [f"\n## {key}. {finding.title}\n", *("- " + described(arm) for arm in arms), ""]
+    there = [arm for arm in arms if seeds_of(results, [arm])]
+    rows = {arm: [results[arm, seed]["rows"] for seed in seeds_of(results, [arm])] for arm in there}
+    if rows:
+        table = {arm: [(report.rl_rows({arm: x})[0], x) for x in each] for arm, each in rows.items()}
+        report.plot_rl(rows, str(picture))
+        lines += [report.seeds_table(table), *report.calls_lines(rows)]
+        lines += [f"\n![Accuracy and length by GRPO step]({picture.name})\n"]
+    if missing := ", ".join(arm for arm in arms if arm not in there):
+        lines.append(f"Not measured yet: {missing}.")
     return [*lines, *(f"\n{note}" for note in finding.notes)]
+
+
+def described(name: str) -> str:
+    """An arm in Markdown, by its commands."""
+    arm = ARMS[name]
+    stage = f"`midtrain.py {arm.stage}`, then " if arm.stage else ""
+    return f"{name}: {stage}`rl.py {arm.rl.replace('{out}', 'RUN') or f'--branch {name}'}`"
 
 
 def summary(keys: list[str], results: dict) -> list[str]:
     """The lines of one table of all claims."""
     lines = ["\n| | the paper | here: claim | points, 95 % interval | seeds | |", "|---" * 6 + "|"]
     for key in keys:
-        finding, seeds = FINDINGS[key], seeds_of(results, arms_of(FINDINGS[key]))
+        finding = FINDINGS[key]
         for i, claim in enumerate(finding.claims):
+            seeds = seeds_of(results, [arm for arm in (claim.more, claim.less) if arm])
             begin = f"| {key if i == 0 else ''} | {finding.paper if i == 0 else ''} | {claim.text}"
             if not seeds:
                 lines.append(f"{begin} | | 0 | not measured yet |")

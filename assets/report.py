@@ -128,6 +128,19 @@ def rl_table(table: list[dict]) -> str:
     return "\n".join([*lines, "", said, *level_lines([[t] for t in table])])
 
 
+def calls_lines(runs: dict[str, list[list[dict]]]) -> list[str]:
+    """Lines of a table of calls per response by GRPO step, of runs with a calculator: the mean of each one's
+    seeds, at the steps that all have."""
+    lines = []
+    for start, seeds in runs.items():
+        found = [{row["step"]: row["eval_calls"] for row in rows if "eval_calls" in row} for rows in seeds]
+        if steps := sorted(set.intersection(*map(set, found))):
+            calls = [sum(calls[step] for calls in found) / len(found) for step in steps]
+            lines += ["", f"| calls per response, {start}, at step | {' | '.join(map(str, steps))} |"]
+            lines += ["|---" * (len(steps) + 1) + "|", f"| | {' | '.join(f'{x:.1f}' for x in calls)} |"]
+    return lines
+
+
 def level_lines(tables: list[list[dict]]) -> list[str]:
     """Lines of a table of accuracy by level, a line per list of rows, whose mean it is; none if the problems
     have no levels."""
@@ -248,7 +261,8 @@ def report_folder(out: str) -> None:
         publish(out, "midtrain", stage_table(stages), partial(plot_stages, stages))
     if runs:
         one = {name: [rows] for name, rows in runs.items()}
-        publish(out, "report", rl_table(rl_rows(runs)), partial(plot_rl, one))
+        text = "\n".join([rl_table(rl_rows(runs)), *calls_lines(one)])
+        publish(out, "report", text, partial(plot_rl, one))
 
 
 def publish(out: str, name: str, text: str, plot) -> None:

@@ -1,5 +1,5 @@
 """Documents of use, told from others by a linear model: logistic regression on hashed words and pairs of
-words (fastText, Joulin et al. 2016). Its threshold keeps the share of the useful documents that is asked for."""
+words (fastText, Joulin et al. 2016). The threshold keeps the share of the useful that is asked for."""
 
 import json
 import math

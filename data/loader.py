@@ -10,7 +10,9 @@ mixture and the seed; rank r of w takes the r-th of w equal slices. So any numbe
    does not change with numpy's version.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +47,7 @@ class Loader:
         tok = tokenizer.load(data_dir)
         self.train, self.val = _open_shards(Path(data_dir), index, tok.hash, mixture, seq_len)
         self.tools = [s for s, name in enumerate(mixture) if has_results(index, name)]
-        self.marks = [tok.encode(mark) for mark in (prompts.RESULT, prompts.END_RESULT)]
+        self.piece = cache(lambda token: tok.decode_bytes([token]))
         self.counts = block_counts(mixture)  # (sources,) sequences of each in a block
         self.sizes = np.array([_sequences(shard, seq_len) for shard in self.train])  # (sources,)
 
@@ -58,9 +60,9 @@ class Loader:
     def _batch(self, shards: list[Shard], sequence: np.ndarray, source: np.ndarray) -> Batch:
         """Row i is sequence[i] of shards[i]; what a tool said is no target."""
         batch = _assemble(shards, sequence, source, self.seq_len)
-        if len(rows := np.flatnonzero(np.isin(source, self.tools))):
-            targets = batch.targets[rows].numpy()
-            batch.targets[rows] = torch.from_numpy(np.where(_results(targets, *self.marks), -1, targets))
+        for row in np.flatnonzero(np.isin(source, self.tools)):
+            targets = batch.targets[row]
+            targets[torch.from_numpy(_results(targets.numpy(), self.piece))] = -1
         return batch
 
     def _rows(self, ranks: int) -> int:
@@ -208,16 +210,20 @@ def _assemble(shards: list[Shard], sequence: np.ndarray, source: np.ndarray, seq
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array, np.int64)) for array in arrays))
 
 
-def _results(ids: np.ndarray, begin: list[int], end: list[int]) -> np.ndarray:
-    """(B, T) ids → where they are of these marks or between them: a mark is the same ids wherever it is. Of
-    a result that a row's end cuts, the rest in the next row is not found."""
+_RESULTS = re.compile(f"{prompts.RESULT}.*?(?:{prompts.END_RESULT}|\\Z)".encode(), re.DOTALL)
 
-    def last(mark: list[int], after: int, before: int) -> np.ndarray:
-        """Where the last mark up to each place begins (after 0) or was over (after: its length)."""
-        found = np.zeros_like(ids, bool)
-        width = ids.shape[1] - len(mark) + 1
-        here = np.all([ids[:, i : i + width] == token for i, token in enumerate(mark)], axis=0)
-        found[:, after : after + width] = here[:, : ids.shape[1] - after]
-        return np.maximum.accumulate(np.where(found, np.arange(ids.shape[1]), before), axis=1)
 
-    return last(begin, 0, -2) >= last(end, len(end), -1)
+def _results(targets: np.ndarray, piece: Callable[[int], bytes]) -> np.ndarray:
+    """Which of a row's targets (T,) are of a tool's result or its marks. piece: the bytes of an id. A row may
+    begin or end inside a result; none goes on into the next document (target -1)."""
+    found, begin, end = np.zeros(len(targets), bool), prompts.RESULT.encode(), prompts.END_RESULT.encode()
+    for part in np.split(np.arange(len(targets)), np.flatnonzero(targets < 0)):
+        part = part[targets[part] >= 0]
+        pieces = [piece(i) for i in targets[part].tolist()]
+        text, stops = b"".join(pieces), np.cumsum([len(x) for x in pieces])
+        starts, spans = stops - [len(x) for x in pieces], [x.span() for x in _RESULTS.finditer(text)]
+        if end in text.partition(begin)[0]:
+            spans.append((0, text.index(end) + len(end)))
+        for first, behind in spans:
+            found[part[(stops > first) & (starts < behind)]] = True
+    return found

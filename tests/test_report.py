@@ -138,7 +138,16 @@ def test_findings(tmp_path, monkeypatch, capsys):
     mean, low, high = findings.interval(np.array([[1.0, 0.0, 1.0, 1.0] * 50] * 2))
     assert mean == 0.75 and 0.65 < low < mean < high < 0.85
     assert findings.interval(np.ones((2, 9))) == (1.0, 1.0, 1.0)
-    assert findings.interval(np.array([[0.9] * 50, [0.1] * 50]))[1:] == pytest.approx((0.1, 0.9))
+    assert findings.interval(np.array([[1.0, 0.0] * 50]))[1:] == pytest.approx((0.4, 0.6), abs=0.01)
+    # few seeds that differ: by hand 0.5 ± 12.71 · 0.566 / √2, and 0.5 ± 4.30 · 0.4 / √3
+    for each, wide in (((0.9, 0.1), 5.08), ((0.1, 0.5, 0.9), 0.993)):
+        interval = findings.interval(np.array([[x] * 50 for x in each]))
+        assert interval == pytest.approx((0.5, 0.5 - wide, 0.5 + wide), abs=0.01)
+    # the best step of fours 1 and 3 is 20, of 2 and 4 it is 10, whose fall is measured on 1 and 3
+    bits = {0: [0] * 16, 10: [1] * 8 + [1, 0] * 4, 20: [1, 1, 1, 1, 0, 0, 0, 0] * 2}
+    marks = {str(step): [16, np.packbits(x).tobytes().hex()] for step, x in bits.items()}
+    fall = findings.scores({"rows": [{"step": step} for step in bits], "right": marks}, "fall")
+    assert fall.tolist() == [0] * 8 + [0, -1, 0, -1] + [0] * 4
     right = {"web": (0, 30), "noisy": (0, 10)}
     for seed, (arm, ends) in itertools.product((1, 2), right.items()):
         run = tmp_path / f"seed{seed}" / f"rl-{arm}"
@@ -149,18 +158,22 @@ def test_findings(tmp_path, monkeypatch, capsys):
             (run / f"evals/step_{step:06d}.jsonl").write_text("".join(json.dumps(m) + "\n" for m in marks))
             rows.append({"step": step, "steps": 3, "eval_n": 40, "eval_accuracy": n / 40, "eval_length": 9})
         write(run, rows, {"branch": arm, "seed": seed})
+        (run.parent / "logs").mkdir(exist_ok=True)
+        (run.parent / f"logs/{arm}.json").write_text(json.dumps(findings.flags_of(arm)))
     monkeypatch.setattr(sys, "argv", ["findings", "--only", "F1", "--seeds", "2", "--runs", str(tmp_path)])
     findings.main()  # nothing is left to run
     text = (tmp_path / "findings.md").read_text()
     assert "| after RL, clean above noisy | +50.0 (+35.0 to +65.0) | 2 | shown |" in text
     assert "| before RL, clean above noisy | +0.0 (+0.0 to +0.0) | 2 | not shown |" in text
     assert "| web | 0.0% | 75.0% | 0.0 → 75.0, 0.0 → 75.0 |" in text
+    stage = "`midtrain.py --branch controlled --steps 2400 --mix web`"
+    assert f"- web: {stage}, then `rl.py --branch web`" in text
     assert (tmp_path / "findings-F1.png").stat().st_size > 9000
     ran = []
     monkeypatch.setattr(findings, "command", lambda out, seed, line, log: ran.append(line))
     monkeypatch.setattr(sys, "argv", ["findings", "--only", "F5", "--seeds", "1", "--runs", str(tmp_path)])
     findings.main()
-    assert "\nNot measured yet: stable_50, stable_25, stable." in (tmp_path / "findings.md").read_text()
+    assert "\nNot measured yet: stable, stable_50, stable_25." in (tmp_path / "findings.md").read_text()
     of_seed = "--seed {seed} --out {out}"
     stages = [f"midtrain.py --branch {x} --keep-every 600 --threads 2 {of_seed}" for x in ("base", "stable")]
     assert ran[:2] == stages
@@ -184,10 +197,17 @@ def test_findings(tmp_path, monkeypatch, capsys):
         findings.main()
     (tmp_path / "findings.jsonl").write_text(lines)
     (tmp_path / "seed2/rl-web/config.json").write_text(json.dumps({"branch": "web", "seed": 2}))
-    (tmp_path / "seed2/logs").mkdir()
-    (tmp_path / "seed2/logs/web.json").write_text('{"flags": ["--steps 800"]}')
+    made = tmp_path / "seed2/logs/web.json"
+    made.write_text('{"flags": ["--steps 800"]}')
     with pytest.raises(ValueError, match="seed2/rl-web was made with other settings"):
         findings.main()
+    made.unlink()  # by hand, nobody knows how
+    with pytest.raises(ValueError, match="seed2/rl-web was made with other settings"):
+        findings.main()
+    (tmp_path / "findings.jsonl").write_text(lines.replace("--mix web", "--mix noisy"))
+    with pytest.raises(ValueError, match="of web, seed 1, is of other flags than the arm's: delete it"):
+        findings.main()
+    (tmp_path / "findings.jsonl").unlink()
     monkeypatch.setattr(sys, "argv", ["findings", "--report", "--runs", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="neither .*findings.jsonl nor .* has a result"):
         findings.main()

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ import midtrain  # noqa: E402
 import rl  # noqa: E402
 import sample  # noqa: E402
 import verify  # noqa: E402
-from data import prepare, prompts, recipes, synth, tokenizer  # noqa: E402
+from data import prepare, recipes, synth, tokenizer  # noqa: E402
 from data.loader import Loader, _results  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 from sample import Sampler, SamplingParams, stream_keys, uniforms  # noqa: E402
@@ -37,8 +38,9 @@ HOSTILE = {
     "deep": "(" * 50 + "1" + ")" * 50, "signs": "-" * 99 + "1", "power": "10**10**10", "tower": "9^9^9^9",
     "long": "9" * 101, "large": "9^99", "zero": "1/0", "zero to a power": "0^-1", "none": "", "space": " ",
     "code": "__import__('os')", "name": "x", "words": "5 apples", "latex": r"\frac{1}{2}", "digits": "٣+4",
-    "times": "2×3", "open": "(1", "two": "3 4", "equation": "1+1=2", "list": "1,2", "root": "2^0.5",
-    "factorial": "9!", "mark": "<calc>1+1", "dots": "1..2", "bytes": "1\0+1",
+    "times": "2×3", "open": "(1", "two": "3 4", "two and a power": "2 3^2", "thousands": "100 200",
+    "equation": "1+1=2", "list": "1,2", "root": "2^0.5", "factorial": "9!",
+    "mark": "<calc>1+1", "dots": "1..2", "bytes": "1\0+1",
 }
 
 
@@ -282,10 +284,22 @@ def test_a_result_has_the_same_tokens_in_a_document_and_in_the_sampler(source, s
     for text in itertools.islice(synth.documents("tool_cot", 1), 100):
         parts = re.split(r"(<result>.*?</result>\n)", text)
         assert sum(map(tok.encode, parts), []) == tok.encode(text)
-        targets = torch.tensor([tok.encode(text)])
-        marks = [tok.encode(mark) for mark in (prompts.RESULT, prompts.END_RESULT)]
-        inside = _results(targets.numpy(), *marks)[0]
-        assert tok.decode(targets[0][torch.from_numpy(inside)].tolist()) == "".join(parts[1::2])
+        targets = np.array(tok.encode(text))
+        inside = _results(targets, lambda token: tok.decode_bytes([token]))
+        assert tok.decode(targets[inside].tolist()) == "".join(parts[1::2])
+
+
+@pytest.mark.parametrize("row, masked", [
+    ("a|<result>-5</result>|\n\n|b", "<result>-5</result>\n\n"), ("5</res|ult>\n|b", "5</result>\n"),
+    ("a|<result>5", "<result>5"), ("a|<result>5||b", "<result>5"), ("5||a|</result>\n", "a</result>\n"),
+    ("5</result>\n|a|<res|ult>7|</result>\n|b", "5</result>\n<result>7</result>\n"), ("a||b|\n", ""),
+])
+def test_results_are_found_in_bytes(row, masked):
+    """Whatever the tokens are (between |; an empty one: a document begins), and where the row is cut."""
+    tokens = row.split("|")
+    targets = np.array([i if tokens[i] else -1 for i in range(len(tokens))])
+    inside = _results(targets, lambda i: tokens[i].encode())
+    assert "".join(token for token, hidden in zip(tokens, inside) if hidden) == masked
 
 
 def test_rollouts_that_become_a_source():
@@ -298,10 +312,11 @@ def test_rollouts_that_become_a_source():
     assert recipes.rollout(old) and not recipes.rollout(old | {"reward": 0.0})
 
 
-def test_results_are_no_targets(tmp_path):
-    prepare.prepare_synth(tmp_path, 300, 512, {"tool_cot": 20_000, "long_cot": 20_000})
+@pytest.mark.parametrize("seq_len", [512, 128])  # 128: most documents are cut, some in a result
+def test_results_are_no_targets(tmp_path, seq_len):
+    prepare.prepare_synth(tmp_path, 300, seq_len, {"tool_cot": 20_000, "long_cot": 20_000})
     tok = tokenizer.load(tmp_path)
-    loader = Loader(tmp_path, {"tool_cot": 0.5, "long_cot": 0.5}, 512, 4)
+    loader = Loader(tmp_path, {"tool_cot": 0.5, "long_cot": 0.5}, seq_len, 4)
     batches = [loader.batch(step) for step in range(4)]
     batches += [batch for _, batch in loader.validation(1)]
     results = 0
@@ -309,10 +324,10 @@ def test_results_are_no_targets(tmp_path):
         for tokens, targets, source in zip(batch.tokens, batch.targets, batch.source):
             text = tok.decode(targets[targets >= 0].tolist())
             if loader.names[source] == "tool_cot":  # what is left has every call, and no result
-                assert "</calc>\n" in text
-                results += text.count("<result>")
+                assert "</calc>\n" in text or seq_len < 512
+                results += text.count("<result>") + text.count("</result>")
             hidden = tok.decode(tokens[1:][targets[:-1] < 0].tolist())
-            assert (loader.names[source] == "tool_cot") == ("<result>" in hidden)
+            assert (loader.names[source] == "tool_cot") == ("<result>" in hidden) or seq_len < 512
     assert results == 0
 
 
