@@ -822,6 +822,12 @@ def hash_state(checkpoint: str) -> None:
     files.KNOWN.update(item for part in parts for item in part.items())
 
 
+def hash_newest(run_dir: str) -> None:
+    """hash_state() of a run's newest checkpoint, if it has one: before rank 0 alone would read it whole."""
+    for newest in on_rank0(lambda: files.checkpoints(run_dir)[:1]):
+        hash_state(newest)
+
+
 def _publish(aside: str, final: str, model, weights: dict, tok: Tokenizer, meta: dict, every, best) -> None:
     parts = dcp.FileSystemReader(os.path.join(aside, "state")).read_metadata().storage_data.values()
     for name in sorted({part.relative_path for part in parts}):
@@ -1231,8 +1237,7 @@ def main() -> None:
         world = setup(args.threads)
         if args.compile is None:
             args.compile = has_bf16(world.device)
-        for newest in on_rank0(lambda: files.checkpoints(folder_of(args.branch, args))[:1]):
-            hash_state(newest)
+        hash_newest(folder_of(args.branch, args))
         stages = on_rank0(lambda: stages_to_run(args))
         on_rank0(lambda: check_mixture(args))
         for stage in stages:

@@ -1052,7 +1052,10 @@ def main() -> None:
             return show_plan(args)
         check_args(args)
         world = midtrain.setup(args.threads)
-        with midtrain.lock_for_all(os.path.join(args.out, starting_point(args)[1])):
+        midtrain.hash_newest(args.ckpt or os.path.join(args.out, args.branch))
+        folder = os.path.join(args.out, starting_point(args)[1])
+        midtrain.hash_newest(folder)
+        with midtrain.lock_for_all(folder):
             train(args, world)
 
 

@@ -250,7 +250,7 @@ class Rollout:
             self.given = self.state.new_full((self.slots, longest + 1), -1)
         self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
         sharded = hasattr(model, "unshard")  # a method of FSDP2
-        self.use_graphs = has_kernels(model.embed.weight) and not sharded
+        self.use_graphs = has_kernels(model.embed.weight, model.config.head_dim) and not sharded
 
     @torch.inference_mode()
     def step(self) -> bool:

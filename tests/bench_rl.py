@@ -274,10 +274,14 @@ def tail(model: Llama, folder: str, n=1024, cap=2048) -> None:
 
 def on_gpu() -> None:
     print("| what | speed | |\n| --- | --- | --- |")
-    model = Llama(PRESETS[SHAPE]).init_weights(0)
+    with torch.device(DEVICE):
+        model = Llama(PRESETS[SHAPE])
+    for p in model.parameters():  # on the card: init_weights() draws on one thread of the CPU
+        torch.nn.init.ones_(p) if p.ndim == 1 else torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model = model.to(DEVICE, torch.bfloat16)
+        if find_spec("transformers"):
+            model.save_pretrained(folder)
+        model = model.to(torch.bfloat16)
         model.compute_dtype = torch.bfloat16
         decoding(model)
         tail(model, folder)

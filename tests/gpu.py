@@ -7,6 +7,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import platform
 import shutil
@@ -93,6 +94,7 @@ def batch_of(config, rows: int, T: int, mixed: bool) -> Batch:
 
 def training(args) -> None:
     config, T, steps = (PRESETS["tiny"], 64, 1) if args.dry else (PRESETS["1b"], 8192, 20)
+    world = midtrain.setup()  # allocator and determinism as in the program
     shape = SimpleNamespace(batch=4, micro_batch=4, seq_len=T, replicate=1, activation_checkpointing=False)
     name = "" if args.dry else torch.cuda.get_device_name()
     peak = midtrain.PEAK_FLOPS.get(name, 0.0)
@@ -106,7 +108,6 @@ def training(args) -> None:
             batch = batch_of(config, 4, T, mixed)
 
             def step(batch=batch, model=model, optimizer=optimizer) -> dict:
-                world = midtrain.World(device=torch.device(args.device))
                 return midtrain.train_step(model, optimizer, batch, ("web",), 4, world, int)
 
             first = seconds(step)
@@ -121,6 +122,7 @@ def training(args) -> None:
             row(arm, "mixed" if mixed else "one", f"{rate:,.0f}", *(f"{x:.1%}" for x in mfus), *memory,
                 f"{first:.1f}")
         del model, optimizer, step
+        gc.collect()  # a block and its compiled forward know each other
         if not args.dry:
             torch.cuda.empty_cache()
 
@@ -130,14 +132,16 @@ def training(args) -> None:
 
 GRPO = """
 import sys; sys.path.insert(0, {root!r})
-import rl, sample
+import rl, sample, torch
 from data.files import run_cli
 rl.score = lambda text, problem: float(len(text) % 2)  # random weights solve nothing: a reward with a signal
 new_cache = sample.new_cache
 def said(model, slots, *args):
     cache = new_cache(model, slots, *args)
     if cache.paged:
-        print(f"pool: {{cache.k.shape[1]}} blocks of {{cache.block_len}}", flush=True)
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        print(f"pool: {{cache.k.shape[1]}} blocks of {{cache.block_len}}, {{free:.1f}} GiB free", flush=True)
     return cache
 sample.new_cache = said
 run_cli(rl.main)
@@ -156,6 +160,8 @@ def programs(args) -> None:
     model = random_model(args, replace(PRESETS[preset], vocab_size=words + 8 * args.dry))
     model.save_pretrained(str(out / "init"), tok=tok, dtype=torch.bfloat16)
     del model
+    if not args.dry:
+        torch.cuda.empty_cache()
     flags = {"preset": preset, "branch": "stable", "init": out / "init", "data": out / "data"}
     flags |= {"out": out / "run", "steps": 6, "batch": 8, "micro-batch": 4, "seq-len": T}
     flags |= {"log-every": 1, "eval-every": 1000}

@@ -4,7 +4,6 @@ Without one the same checks run on a CPU as far as they make sense there, so tha
 card. The kernels' own tests are in test_kernels.py. A machine with a GPU runs `bash tests/gpu.sh A`.
 """
 
-import inspect
 import os
 import re
 import subprocess
@@ -105,8 +104,7 @@ def test_fsdp2_over_one_rank_is_the_plain_model(tmp_path):
             model = midtrain.apply_fsdp(small(), world, torch.float32)
         assert_near(gradients(model), plain, 1e-5)
         sampler = Sampler(model, None)
-        takes_sampler = "sampler" in inspect.signature(sample.unsharded).parameters
-        with sample.unsharded(sampler if takes_sampler else model):
+        with sample.unsharded(sampler):
             groups = sampler.generate(prompts(), max_new_tokens=20, stop=())
         assert [c.tokens for (c,) in groups] == tokens
         model.zero_grad()

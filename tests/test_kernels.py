@@ -199,7 +199,7 @@ def test_attention_kernel_knows_no_neighbours(run):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 40 GB on a GPU")
-def test_attention_kernel_past_two_to_the_31():
+def test_attention_kernel_past_two_to_the_31_on_the_card():
     """Offsets of more than 32 bits: the last documents of a row of 2^20 tokens, beside the same alone."""
     T, H, D, n = 2**20, 32, 128, 1024
     assert T * H * D > 2**31
