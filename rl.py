@@ -995,7 +995,7 @@ def parse_args():
     add("--compile", action="store_true", help="torch.compile each block for the updates")
     add("--activation-checkpointing", action="store_true", help="recompute activations: less memory")
     add("--tool", action=argparse.BooleanOptionalAction,
-        help="answer calls of the calculator; results are not trained (default: if mid-training had them)")
+        help="answer calls of the calculator; results are not trained (default: if it read tool_cot before)")
     add("--plan", action="store_true", help="print GPU memory and seconds of a step")
     add("--tensorboard", action="store_true", help="metrics to TensorBoard too, if it is installed")
     for name, (default, text) in VARIANTS.items():
