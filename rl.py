@@ -779,14 +779,14 @@ def load_policy(source: str, args, world: World):
         args.dtype = midtrain.fastest_dtype(world.device)
     tok, config = load_words(source), config_from_hf(files.read_json(os.path.join(source, "config.json")))
 
-    def load() -> Llama:
-        model = midtrain.empty_model(config, args, args.dtype, world, dynamic=True)  # rows and widths vary
+    def load(again: int) -> Llama:
+        model = midtrain.empty_model(config, args, args.dtype, world, dynamic=True, again=again)  # rows vary
         load_pretrained(model, source)
         return model
 
-    reference = load() if args.kl_coef else None
-    midtrain.check_memory(config, micro_batch(args, world.size), args.dtype, world, "--micro-tokens")
-    model = load()
+    reference = load(0) if args.kl_coef else None
+    micro = micro_batch(args, world.size)
+    model = load(midtrain.check_memory(config, micro, args.dtype, world, "--micro-tokens"))
     norm = model.norm.weight.detach()  # one small tensor is enough to know them by
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).cpu().numpy()
     args.weights = hashlib.sha256(norm.tobytes()).hexdigest()[:16]
@@ -818,10 +818,12 @@ def size_pool(sampler: Sampler, stored: int | None, args, world: World) -> None:
 
 
 def micro_batch(args, ranks: int) -> SimpleNamespace:
-    """The largest micro-batch, in the terms of midtrain.memory_plan(): one of several."""
+    """The largest micro-batch, in the terms of midtrain.memory_plan(): one of several. recompute: as many
+    blocks as it takes to fit."""
     longest = args.max_prompt + max(parse_schedule(args.length_schedule).values())
     tokens = max(args.micro_tokens, args.row_tokens, longest)
-    return SimpleNamespace(**vars(args) | dict(micro_batch=1, batch=2 * ranks, seq_len=tokens, replicate=1))
+    size = dict(micro_batch=1, batch=2 * ranks, seq_len=tokens, replicate=1, recompute=None)
+    return SimpleNamespace(**vars(args) | size)
 
 
 def read_problems(args, tok) -> tuple[list[dict], list[dict]]:
@@ -894,7 +896,9 @@ def plan_row(config: LlamaConfig, args, dtype: torch.dtype, name: str, gpus: int
     copy += stacked(config, dtype) if gpus > 1 or size == 4 else 0  # the cast stacks them by the way
     pool = max(0.0, midtrain.PLAN_MEMORY - 12 * params / gpus - reference - copy) * GPU_SHARE
     rows, responses = int(pool // each), math.ceil(args.prompts_per_step * args.rollouts / gpus)
-    peak = reference + midtrain.memory_plan(config, micro_batch(args, gpus), name, gpus)["peak"]
+    micro = micro_batch(args, gpus)
+    again = midtrain.fewest_blocks(config, micro, name, gpus, midtrain.PLAN_MEMORY - reference)
+    peak = reference + midtrain.memory_plan(config, micro, name, gpus, again)["peak"]
     row = [gpus, cap, *(f"{x / 2**30:.1f}" for x in (copy, pool)), rows, f"{peak / 2**30:.1f}"]
     if not rows or peak > midtrain.PLAN_MEMORY:
         return [*row, "does not fit"]
@@ -902,7 +906,7 @@ def plan_row(config: LlamaConfig, args, dtype: torch.dtype, name: str, gpus: int
     rate = midtrain.PLAN_MFU * midtrain.PEAK_FLOPS[midtrain.PLAN_DEVICE]
     step = max(size * params / bandwidth, 2 * params * side / rate)  # reads the weights once
     cache = responses * cap * (each - cap / 2 * each / tokens) / bandwidth
-    passes = 1 + (args.activation_checkpointing + (args.updates > 1) + bool(args.kl_coef)) / 3
+    passes = 1 + (again / config.num_layers + (args.updates > 1) + bool(args.kl_coef)) / 3
     update = responses * tokens * midtrain.flops_per_token(config, tokens) * passes / rate
     return [*row, f"{responses * cap / side * step + cache:.0f}", f"{update:.0f}"]
 
@@ -993,7 +997,8 @@ def parse_args():
     add("--template", default="simple", choices=prompts.TEMPLATES, help="what surrounds a problem")
     add("--max-new-tokens", type=int, metavar="N", help="one cap, instead of --length-schedule")
     add("--compile", action="store_true", help="torch.compile each block for the updates")
-    add("--activation-checkpointing", action="store_true", help="recompute activations: less memory")
+    add("--activation-checkpointing", action="store_true",
+        help="recompute all blocks' activations (default: as few blocks as make it fit)")
     add("--tool", action=argparse.BooleanOptionalAction,
         help="answer calls of the calculator; results are not trained (default: if it read tool_cot before)")
     add("--plan", action="store_true", help="print GPU memory and seconds of a step")
