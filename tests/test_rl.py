@@ -1284,7 +1284,7 @@ def plan(monkeypatch, capsys, *flags):
 
 
 def test_the_plan(checkpoint, monkeypatch, capsys):
-    """As few blocks are recomputed as fit: 8B on one GPU needs some, on eight none; what does not fit is said."""
+    """As few blocks are recomputed as fit: of 8B on one GPU all, on eight none. What does not fit is said."""
     _, rows = plan(monkeypatch, capsys, "--preset", "8b")
     assert [row[:2] for row in rows] == [[gpus, cap] for gpus in "18" for cap in ("2048", "4096", "8192")]
     assert not any("fit" in row for row in rows)
