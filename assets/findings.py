@@ -182,8 +182,8 @@ FINDINGS = {
          Claim("long ones above own chains", "long", "own")),
         ("The source is small: 596, 478 and 1,049 right responses of 7,680, each once, read 14, 19 and 8 "
          "times. They are short chains: what stable never writes, it cannot teach itself. `own` has had "
-         "twice the GRPO steps of `stable`, and a decay, whose web text may help by itself: an arm without"
-         " the chains was not run.",)),
+         "twice the GRPO steps of `stable`, and a decay, whose web text may help by itself: an arm without "
+         "the chains was not run.",)),
 }
 
 
