@@ -90,6 +90,10 @@ class Claim(NamedTuple):
     what: str = "after"  # accuracy after RL | before | gain: after - before | fall: best - last, of one arm
     paper: bool = True  # does the paper have it so?
 
+    @property
+    def arms(self) -> list[str]:
+        return [arm for arm in (self.more, self.less) if arm]
+
 
 class Finding(NamedTuple):
     title: str
@@ -116,7 +120,10 @@ FINDINGS = {
         "Pro-Max, a curated and rewritten MegaMath-Web, 31.8 after RL; of the crawl no figure",
         (Claim("after RL, curated above the crawl", "curated", "crawl"),
          Claim("before RL, curated above the crawl", "curated", "crawl", "before"),
-         Claim("after RL, clean text above curated", "web", "curated"))),
+         Claim("after RL, clean text above curated", "web", "curated")),
+        ("Curation keeps 62,000 to 68,000 of 160,000 pages, of which 64 to 70 % are of use (30 % in the "
+         "crawl). Of the 10.4 points between crawl and clean text it closes 8.0 in the mean: all of them in "
+         "seeds 1 and 3, none in seed 2, where GRPO finds the short form from clean text only.",)),
     "F2": Finding(
         "A tenth of question–answer data beside web text: short gives nothing, long a peak and a collapse",
         "web 36.6; with MegaMath-QA 34.6; with OpenR1 a peak of 47.6, then 7.2",
@@ -188,7 +195,7 @@ FINDINGS = {
 
 
 def arms_of(finding: Finding) -> list[str]:
-    return list(dict.fromkeys(arm for c in finding.claims for arm in (c.more, c.less) if arm))
+    return list(dict.fromkeys(arm for claim in finding.claims for arm in claim.arms))
 
 
 # ---- Running -----------------------------------------------------------------------------------------------
@@ -357,17 +364,18 @@ def judge(claim: Claim, results: dict, seeds: list[int]) -> tuple[float, float, 
 
 
 def section(key: str, results: dict, picture: Path) -> list[str]:
-    """The lines of a finding: its arms, those of them that were run, a picture, what was seen."""
+    """The lines of a finding: its arms, those that a claim can compare, a picture, what was seen."""
     finding, arms = FINDINGS[key], arms_of(FINDINGS[key])
     lines = [f"\n## {key}. {finding.title}\n", *("- " + described(arm) for arm in arms), ""]
-    there = [arm for arm in arms if seeds_of(results, [arm])]
+    judged = {arm for claim in finding.claims if seeds_of(results, claim.arms) for arm in claim.arms}
+    there = [arm for arm in arms if arm in judged]
     rows = {arm: [results[arm, seed]["rows"] for seed in seeds_of(results, [arm])] for arm in there}
     if rows:
         table = {arm: [(report.rl_rows({arm: x})[0], x) for x in each] for arm, each in rows.items()}
         report.plot_rl(rows, str(picture))
         lines += [report.seeds_table(table), *report.calls_lines(rows)]
         lines += [f"\n![Accuracy and length by GRPO step]({picture.name})\n"]
-    if missing := ", ".join(arm for arm in arms if arm not in there):
+    if missing := ", ".join(arm for arm in arms if not seeds_of(results, [arm])):
         lines.append(f"Not measured yet: {missing}.")
     return [*lines, *(f"\n{note}" for note in finding.notes)]
 
@@ -385,7 +393,7 @@ def summary(keys: list[str], results: dict) -> list[str]:
     for key in keys:
         finding = FINDINGS[key]
         for i, claim in enumerate(finding.claims):
-            seeds = seeds_of(results, [arm for arm in (claim.more, claim.less) if arm])
+            seeds = seeds_of(results, claim.arms)
             begin = f"| {key if i == 0 else ''} | {finding.paper if i == 0 else ''} | {claim.text}"
             if not seeds:
                 lines.append(f"{begin} | | 0 | not measured yet |")
