@@ -1288,15 +1288,15 @@ def test_as_few_blocks_are_recomputed_as_the_plan_says_fit(monkeypatch, gib):
     assert midtrain.fewest_blocks(config, args, "bf16", 1, 0) == 16
 
 
-def test_a_gpu_compiles_unless_told_not_to(monkeypatch):
-    seen = []
+def test_a_gpu_compiles_unless_told_not_to(monkeypatch, tmp_path):
+    seen, command = [], ["midtrain.py", "--branch", "base", "--out", str(tmp_path)]  # never runs/ of the user
     for name in ("stages_to_run", "checkpoints"):
         monkeypatch.setattr(midtrain if name == "stages_to_run" else files, name, lambda _: [])
     monkeypatch.setattr(midtrain, "has_bf16", lambda device: device.type == "cuda")
     for device, flag in (("cpu", None), ("cuda", None), ("cuda", "--no-compile"), ("cpu", "--compile")):
         monkeypatch.setattr(midtrain, "setup", lambda _, d=device: midtrain.World(device=torch.device(d)))
         monkeypatch.setattr(midtrain, "stages_to_run", lambda args: seen.append(args.compile) or [])
-        monkeypatch.setattr(sys, "argv", ["midtrain.py", "--branch", "base", *([flag] if flag else [])])
+        monkeypatch.setattr(sys, "argv", [*command, *([flag] if flag else [])])
         midtrain.main()
     assert seen == [False, True, False, True]
 
