@@ -22,7 +22,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -323,9 +322,10 @@ def scores(result: dict, what: str) -> np.ndarray:
     """(problems,) what a claim compares, of one seed."""
     steps = [row["step"] for row in result["rows"]]
     if what == "fall":  # the best step is chosen on half of the problems, the fall measured on the others
-        few = min(len(correct(result, step)) for step in steps)  # problems that all evaluations have
-        found, half = {step: correct(result, step)[:few] for step in steps}, np.arange(few) // 4 % 2 == 0
-        falls = np.empty(few)  # (four levels take turns: each half has all of them)
+        every = {step: correct(result, step) for step in steps}
+        few = min(map(len, every.values()))  # problems that all evaluations have
+        found, falls = {step: right[:few] for step, right in every.items()}, np.empty(few)
+        half = np.arange(few) // 4 % 2 == 0  # four levels take turns: each half has all of them
         for chosen in (half, ~half):
             best = max(found, key=lambda step: found[step][chosen].mean())  # noqa: B023
             falls[~chosen] = (found[best] - found[steps[-1]])[~chosen]
@@ -440,4 +440,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    files.run_cli(partial(main))
+    files.run_cli(main)

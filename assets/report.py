@@ -106,7 +106,6 @@ def rl_rows(runs: dict[str, list[dict]]) -> list[dict]:
             low, high = verify.wilson(round(e["eval_accuracy"] * e["eval_n"]), e["eval_n"])
             row |= {when: e["eval_accuracy"], when + "_low": low, when + "_high": high}
             row["length_" + when] = e["eval_length"]
-            row["calls_" + when] = e.get("eval_calls")
             row |= {f"{when}/{k[14:]}": x for k, x in e.items() if k.startswith("eval_accuracy/")}
         table.append(row | {"difference": row["after"] - row["before"]})
     return table
@@ -121,10 +120,8 @@ def rl_table(table: list[dict]) -> str:
         lengths = f"{t['length_before']:.0f} | {t['length_after']:.0f}"
         points = f"{100 * t['difference']:+.1f} points"
         lines.append(f"| {t['start']} | {before} | {after} | {points} | {lengths} | {t['steps']} |")
-    said = f"Greedy, on {table[0]['n']} held-out problems, with 95 % Wilson intervals"
-    said += "; mean lengths in tokens." + "".join(
-        f" Calls per response, {t['start']}: {t['calls_before']:.1f} → {t['calls_after']:.1f}."
-        for t in table if t["calls_after"] is not None)
+    n = table[0]["n"]
+    said = f"Greedy, on {n} held-out problems, with 95 % Wilson intervals; mean lengths in tokens."
     return "\n".join([*lines, "", said, *level_lines([[t] for t in table])])
 
 

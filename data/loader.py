@@ -219,11 +219,13 @@ def _results(targets: np.ndarray, piece: Callable[[int], bytes]) -> np.ndarray:
     found, begin, end = np.zeros(len(targets), bool), prompts.RESULT.encode(), prompts.END_RESULT.encode()
     for part in np.split(np.arange(len(targets)), np.flatnonzero(targets < 0)):
         part = part[targets[part] >= 0]
+        if not len(part):  # padding
+            continue
         pieces = [piece(i) for i in targets[part].tolist()]
-        text, stops = b"".join(pieces), np.cumsum([len(x) for x in pieces])
-        starts, spans = stops - [len(x) for x in pieces], [x.span() for x in _RESULTS.finditer(text)]
+        text, sizes = b"".join(pieces), np.array([len(x) for x in pieces])
+        stops, spans = sizes.cumsum(), [x.span() for x in _RESULTS.finditer(text)]
         if end in text.partition(begin)[0]:
             spans.append((0, text.index(end) + len(end)))
         for first, behind in spans:
-            found[part[(stops > first) & (starts < behind)]] = True
+            found[part[(stops > first) & (stops - sizes < behind)]] = True
     return found
