@@ -7,9 +7,9 @@ import math
 import os
 import random
 import resource
+import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import Process, free_port, launch, on_ranks
 
 import midtrain
 import sample
@@ -84,14 +85,27 @@ def train(shards, monkeypatch):
     return run
 
 
-def torchrun(folder: Path, ranks: int, *flags, patch: str = "", nodes: tuple[str, ...] = ("--standalone",)):
-    """Start the program under torchrun; `patch` is run in every rank before it. → Popen"""
+def program(patch: str, *flags) -> None:
+    """What DRIVER is, in a process that is there already."""
+    sys.argv = [str(word) for word in ("midtrain.py", "--dtype", "fp32", *flags)]
+    make_small()
+    exec(patch, {"sys": sys, "midtrain": midtrain, "files": files})
+    run_cli(midtrain.main)
+
+
+def ranks(folder: Path, count: int, *flags, patch: str = "", code: int = 0) -> tuple[str, str]:
+    """The program in ranks that know of each other; `patch` is run in each before it. → (stdout, stderr)"""
+    return on_ranks(count, folder, program, patch, *flags, code=code)
+
+
+def torchrun(folder: Path, ranks: int, *flags, patch="", nodes=("--standalone",), **pipes):
+    """Start the same under torchrun: for what is about torchrun itself. → Popen"""
     driver = folder / f"driver{abs(hash(patch))}.py"
     driver.write_text(DRIVER.replace("run_cli(midtrain.main)", patch + "\nrun_cli(midtrain.main)"))
     launch = (sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc_per_node={ranks}", driver)
     command = [str(word) for word in (*launch, "--dtype", "fp32", *flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **pipes)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
@@ -250,22 +264,7 @@ def test_init_is_read_tensor_by_tensor(train, tmp_path, monkeypatch, shards):
     for name, p in seen[0].named_parameters():
         assert p.dtype == torch.float32 and torch.equal(p.bfloat16(), weights[hf_name(name)])
     train(tmp_path / "a", *command)
-    driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    flags = ("--out", tmp_path / "b", "--data", shards, "--dtype", "fp32", *command)
-    launch = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        driver,
-        *flags,
-    )
-    done = subprocess.run(
-        launch, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    ranks(tmp_path, 2, "--out", tmp_path / "b", "--data", shards, *command)
     for a, b in zip(rows(tmp_path / "a/stable"), rows(tmp_path / "b/stable"), strict=True):
         assert max(abs(a[key] - b[key]) for key in a) <= 1e-5, (a, b)
 
@@ -449,8 +448,8 @@ def test_other_data_is_noticed_on_resume(train, tmp_path):
 
 def test_kill_minus_9_loses_nothing(train, tmp_path, shards):
     command = ("--branch", "base", "--steps", "40")
-    flags = ("--out", tmp_path / "b", "--data", shards, "--dtype", "fp32", "--threads", "1", *command)
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, *flags], stdout=subprocess.DEVNULL)
+    flags = ("--out", tmp_path / "b", "--data", shards, "--threads", "1", *command)
+    process = Process(program, "", *flags, stdout=os.devnull)
     metrics, end = tmp_path / "b/base/metrics.jsonl", time.monotonic() + 60
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 10:
         assert process.poll() is None and time.monotonic() < end
@@ -474,7 +473,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def kill_at(kind: str, process: subprocess.Popen, out: Path, rng: random.Random) -> bool:
+def kill_at(kind: str, process: Process | subprocess.Popen, out: Path, rng: random.Random) -> bool:
     """SIGKILL at a random moment, while data is prepared, or inside a checkpoint; False if the run ended
     before that.
 
@@ -515,23 +514,20 @@ def kill_at(kind: str, process: subprocess.Popen, out: Path, rng: random.Random)
 def survive(folder: Path, kinds: list[str], ranks: int, steps: int, seed: int = 0) -> int:
     """Start the same command again after each kill, then compare with a run that nobody killed. → kills that
     struck."""
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    program = [sys.executable, driver] if ranks == 1 else [*launch, driver]
-    flags = ["--branch", "base", "--steps", str(steps), "--save-every", "5", "--dtype", "fp32"]
-    rng, struck, environment = random.Random(seed), 0, os.environ | {"OMP_NUM_THREADS": "1"}
+    rng, struck = random.Random(seed), 0
 
-    def start(out: Path, **kwargs) -> subprocess.Popen:
-        command = [str(word) for word in (*program, *flags, "--out", out)]
-        return subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True, **kwargs
-        )
+    def start(out: Path, kind: str, stderr: str = "") -> Process | subprocess.Popen:
+        flags = ("--branch", "base", "--steps", steps, "--save-every", "5", "--out", out)
+        if kind in ("one rank", "launcher"):  # what torchrun does then is tested too
+            return torchrun(folder, ranks, *flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        forked = (program,) if ranks == 1 else (launch, ranks, program)
+        return Process(*forked, "", *flags, stdout=os.devnull, stderr=stderr)
 
     for kind in kinds:
-        struck += kill_at(kind, start(folder / "killed", stderr=subprocess.DEVNULL), folder / "killed", rng)
+        killed = start(folder / "killed", kind, stderr=os.devnull)
+        struck += kill_at(kind, killed, folder / "killed", rng)
     for out in ("killed", "whole"):
-        assert start(folder / out).wait() == 0
+        assert start(folder / out, "not at all").wait() == 0
     for a in (folder / "whole/data").iterdir():
         assert a.read_bytes() == (folder / "killed/data" / a.name).read_bytes(), a.name
     assert_same_run(folder / "whole/base", folder / "killed/base")
@@ -848,7 +844,7 @@ def test_a_mixture_is_checked_before_what_it_stands_on_is_trained(tmp_path, monk
         train(tmp_path, "--branch", "base", "--name", "stable")
 
 
-def test_one_line_of_the_recipe_is_a_branch(tmp_path, shards):
+def test_one_line_of_the_recipe_is_a_branch(tmp_path, shards, monkeypatch):
     """Schedule, mixture, what it stands on and colour: nothing else is edited."""
     program = (ROOT / "midtrain.py").read_text()
     line = '    "mine": Stage("base", "cosine", 6000, "#CC79A7", {"web": 0.7, "long_cot": 0.3}),\n'
@@ -856,10 +852,11 @@ def test_one_line_of_the_recipe_is_a_branch(tmp_path, shards):
     program = program.replace('"steps": _stages(400, 2400, 800, 800)', '"steps": _stages(2, 2, 2, 2)', 1)
     (tmp_path / "midtrain.py").write_text(program)
     flags = ["--branch", "mine", "--data", shards, "--seq-len", "64", "--out", tmp_path, "--batch", "4"]
-    command = [sys.executable, tmp_path / "midtrain.py", *flags, "--micro-batch", "4", "--threads", "1"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ("midtrain.py", *flags, "--micro-batch", "4", "--threads", "1")
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(tmp_path / "midtrain.py"), run_name="__main__")
+    assert end.value.code == 0
     settings = json.loads((tmp_path / "mine/config.json").read_text())
     assert (settings["mixture"], settings["starts_from"]) == ({"web": 0.7, "long_cot": 0.3}, "base")
     assert rows(tmp_path / "mine")[-1]["lr"] == pytest.approx(0.1 * settings["lr"])
@@ -892,13 +889,13 @@ def test_any_number_of_ranks_goes_on_with_any_others_state(train, tmp_path, shar
         subprocess.run(["cp", "-r", tmp_path / "one", tmp_path / other], check=True)
     train(tmp_path / "one", *command, "--micro-batch", "8")
     train(tmp_path / "cut", *command, "--micro-batch", "3")
-    said, _ = finish(torchrun(tmp_path, 2, *command, "--out", tmp_path / "two"))
+    said, _ = ranks(tmp_path, 2, *command, "--out", tmp_path / "two")
     assert said.count("step  1/20") == 1, "only one rank speaks"
     for back in ("back", "four"):
         subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / back], check=True)
         subprocess.run(["rm", "-r", tmp_path / back / "stable/checkpoints/step_000020"], check=True)
     train(tmp_path / "back", *command)
-    finish(torchrun(tmp_path, 4, *command, "--out", tmp_path / "four", "--micro-batch", "2"))
+    ranks(tmp_path, 4, *command, "--out", tmp_path / "four", "--micro-batch", "2")
     for other in ("cut", "two", "back", "four"):
         assert_same_losses(tmp_path / "one/stable", tmp_path / other / "stable")
 
@@ -917,22 +914,11 @@ def clip(parameters, *args):
     return real(parameters, *args)
 torch.nn.utils.clip_grad_norm_ = clip
 """
-    for ranks in (1, 2, 4):
-        flags = (
-            "--branch",
-            "base",
-            "--steps",
-            "1",
-            "--data",
-            shards,
-            "--micro-batch",
-            "1",
-            "--out",
-            tmp_path / f"r{ranks}",
-        )
-        finish(torchrun(tmp_path, ranks, *flags, patch=keep_gradients))
-        assert_same_losses(tmp_path / "r1/base", tmp_path / f"r{ranks}/base", 1e-6)
-    one, two, four = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2, 4))
+    for count in (1, 2, 4):
+        flags = ("--branch", "base", "--steps", "1", "--data", shards, "--micro-batch", "1")
+        ranks(tmp_path, count, *flags, "--out", tmp_path / f"r{count}", patch=keep_gradients)
+        assert_same_losses(tmp_path / "r1/base", tmp_path / f"r{count}/base", 1e-6)
+    one, two, four = (torch.load(tmp_path / f"{count}.pt") for count in (1, 2, 4))
     assert len(one) == 20 and all(g.any() for g in one)
     for a, b, c in zip(one, two, four, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-7)
@@ -941,15 +927,13 @@ torch.nn.utils.clip_grad_norm_ = clip
 
 def test_two_nodes_meet_and_train_as_one_process(train, tmp_path, shards):
     """Two torchrun agents with a rendezvous, as on two machines, a copy of the weights on each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     command = ("--branch", "base", "--steps", "6", "--data", shards)
-    nodes = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test")
+    meet = f"--rdzv_endpoint=localhost:{free_port()}"
+    nodes = ("--nnodes=2", "--rdzv_backend=c10d", meet, "--rdzv_id=test")
     flags = (*command, "--out", tmp_path / "two", "--replicate", "2")
-    agents = [torchrun(tmp_path, 2, *flags, "--micro-batch", "2", nodes=nodes) for _ in range(2)]
+    agents = [torchrun(tmp_path, 1, *flags, "--micro-batch", "2", nodes=nodes) for _ in range(2)]
     said = [finish(agent)[0] for agent in agents]
-    assert sorted(text.count("fp32 on 4 x cpu") for text in said) == [0, 1], "one rank of one node speaks"
+    assert sorted(text.count("fp32 on 2 x cpu") for text in said) == [0, 1], "one rank of one node speaks"
     train(tmp_path / "one", *command)
     assert_same_losses(tmp_path / "one/base", tmp_path / "two/base")
 
@@ -959,9 +943,9 @@ def test_copies_of_shards_give_the_losses_of_one_process(train, tmp_path, shards
     command = ("--branch", "base", "--steps", "6", "--data", shards)
     train(tmp_path / "one", *command)
     flags = (*command, "--micro-batch", "2", "--out", tmp_path / "copies", "--replicate")
-    finish(torchrun(tmp_path, 4, *flags, "2"))
+    ranks(tmp_path, 4, *flags, "2")
     assert_same_losses(tmp_path / "one/base", tmp_path / "copies/base")
-    _, error = finish(torchrun(tmp_path, 4, *flags, "3"), code=1)
+    _, error = ranks(tmp_path, 4, *flags, "3", code=2)
     assert "--replicate 3 does not divide 4 ranks" in error
 
 
@@ -1119,9 +1103,9 @@ def test_a_node_crash_does_not_block_the_run(train, tmp_path, capsys):
 def test_nodes_must_share_the_run_folder(tmp_path, shards):
     """Two ranks, each with a folder of its own, as two nodes have them with a local --out."""
     own = "sys.argv[sys.argv.index('--out') + 1] += sys.modules['os'].environ['RANK']; import os"
-    process = torchrun(tmp_path, 2, "--branch", "base", "--data", shards, "--out", tmp_path / "x", patch=own)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode and "1 of 2 ranks have another" in err and "all nodes share" in err
+    flags = ("--branch", "base", "--data", shards, "--out", tmp_path / "x")
+    _, err = ranks(tmp_path, 2, *flags, patch=own, code=2)
+    assert "1 of 2 ranks have another" in err and "all nodes share" in err
     assert not list(tmp_path.glob("x*/base/checkpoints"))
 
 
@@ -1349,7 +1333,7 @@ files.file_hash = file_hash
 """
     flags = ("--branch", "base", "--out", tmp_path / "run", "--data", shards)
     for count in (1, 2):
-        finish(torchrun(tmp_path, 2, *flags, patch=patch))
+        ranks(tmp_path, 2, *flags, patch=patch)
         lines = [line for line in log.read_text().splitlines() if line.endswith("distcp")]
         assert sorted(lines) == sorted(["0 __0_0.distcp", "1 __1_0.distcp"] * count)
     assert "0 model.safetensors" in log.read_text()
@@ -1357,7 +1341,7 @@ files.file_hash = file_hash
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
-    out, _ = finish(torchrun(tmp_path, 2, *flags))
+    out, _ = ranks(tmp_path, 2, *flags)
     assert "step_000004 is damaged" in out
 
 
@@ -1428,7 +1412,7 @@ def test_large_models_are_written_once_and_read_everywhere(train, tmp_path, monk
     assert said[0] == said[1]
     flags = ("--branch", "stable", "--init", path, "--steps", "2")
     train(tmp_path / "one", *flags)
-    finish(torchrun(tmp_path, 2, *flags, "--data", shards, "--out", tmp_path / "two"))
+    ranks(tmp_path, 2, *flags, "--data", shards, "--out", tmp_path / "two")
     assert_same_losses(tmp_path / "one/stable", tmp_path / "two/stable")
     assert rows(tmp_path / "one/stable")[0]["loss"] < rows(tmp_path / "once/stable")[0]["loss"]
     for source in (path, files.latest_checkpoint(str(tmp_path / "whole/stable"))):

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -20,15 +18,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import Process, on_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # this file is also a program: see its end
-
-import midtrain  # noqa: E402
-import rl  # noqa: E402
-from data import benchmarks, files, prompts, synth, tokenizer  # noqa: E402
-from model import Llama, LlamaConfig  # noqa: E402
-from sample import Sampler  # noqa: E402
+import midtrain
+import rl
+from data import benchmarks, files, prompts, synth, tokenizer
+from model import Llama, LlamaConfig
+from sample import Sampler
 
 ALONE = midtrain.World()
 MICRO = LlamaConfig(32, 1, 16, 2, 1, 8, 32, rope_theta=10_000.0, max_position=64)
@@ -475,24 +471,8 @@ CASES = {  # which rank has which of the samples
 }
 
 
-def on_two_ranks(*arguments):
-    """Run this file with these arguments as two processes that know of each other."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, *arguments],
-            env={**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in (0, 1)
-    ]
-    assert [p.wait(120) for p in ranks] == [0, 0]
-
-
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
-    on_two_ranks("ranks", str(tmp_path / "ranks.pt"))
+    on_ranks(2, tmp_path, ranks_program, str(tmp_path / "ranks.pt"))
     found = torch.load(tmp_path / "ranks.pt")
     for case, (_, has) in CASES.items():
         alone = change(some_samples(signal=has), settings())[1]
@@ -500,6 +480,11 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path):
 
 
 def ranks_program(path):
+    with midtrain.clean_exit():  # leaves as the programs do, before gloo's threads can abort it
+        gradients_of_ranks(path)
+
+
+def gradients_of_ranks(path):
     world = midtrain.setup(1)
     found = {}
     for case, (where, has) in CASES.items():
@@ -727,6 +712,13 @@ def checkpoint(tmp_path_factory):
     Llama(replace(MICRO, vocab_size=words.vocab_size)).init_weights(0).save_pretrained(path)
     words.save(path)
     return path
+
+
+def program(*words):
+    """rl.py with these words and odd_reward, in a process of its own."""
+    sys.argv = list(words)
+    rl.verify.reward = odd_reward
+    rl.main()
 
 
 def command(checkpoint, out, *more):
@@ -988,7 +980,7 @@ def test_what_is_held_out_of_a_file():
 
 def test_two_ranks_ask_the_same_and_get_the_same(checkpoint, uninterrupted, tmp_path, monkeypatch):
     """A run on two ranks makes the rollouts of one, and one process goes on from where two were stopped."""
-    on_two_ranks("run", *command(checkpoint, tmp_path, "--steps", "2"))
+    on_ranks(2, tmp_path, program, *command(checkpoint, tmp_path, "--steps", "2"))
     first = {f.name: f.read_text() for f in (tmp_path / "rl-micro/rollouts").iterdir()}
     whole = uninterrupted[2]
     assert first == {name: whole[name] for name in sorted(whole)[:2]}
@@ -1110,13 +1102,13 @@ def test_resume_after_ctrl_c_and_kill(checkpoint, uninterrupted, tmp_path, monke
         patch.setattr(rl, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
         run(patch, command(checkpoint, tmp_path))
     assert "stopped after step 2: saved" in capsys.readouterr().out  # evaluated by the next start
-    program = [sys.executable, __file__, "run", *command(checkpoint, tmp_path)]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE)
-    while b"step 3/6" not in (line := process.stdout.readline()):
-        assert line, "the run ended before step 3"
-    process.send_signal(signal.SIGKILL)
-    process.wait(60)
-    time.sleep(0.1)
+    said = tmp_path / "said"
+    process = Process(program, *command(checkpoint, tmp_path), stdout=said)
+    while not said.exists() or "step 3/6" not in said.read_text():
+        assert process.poll() is None, "the run ended before step 3"
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     run(monkeypatch, command(checkpoint, tmp_path))
     assert outcome(tmp_path) == uninterrupted
 
@@ -1177,6 +1169,11 @@ def test_other_settings_are_refused(checkpoint, tmp_path, monkeypatch):
 
 
 def load_program(folder):
+    with midtrain.clean_exit():
+        load_on_ranks(folder)
+
+
+def load_on_ranks(folder):
     """What two ranks hold of the policy and of its reference, without either reading a whole model."""
     world, found = midtrain.setup(1), {}
     monkeypatch = pytest.MonkeyPatch()
@@ -1200,7 +1197,7 @@ def test_each_rank_loads_its_shard(checkpoint, tmp_path):
         shutil.copytree(checkpoint, tmp_path / kind)
     (tmp_path / "state/model.safetensors").unlink()  # as our checkpoints of large models
     dcp.save({"model": alone.state_dict()}, checkpoint_id=str(tmp_path / "state/state"), no_dist=True)
-    on_two_ranks("load", str(tmp_path))
+    on_ranks(2, tmp_path, load_program, str(tmp_path))
     norm = hashlib.sha256(alone.norm.weight.detach().numpy().tobytes()).hexdigest()[:16]
     for *models, weights in torch.load(tmp_path / "found.pt").values():
         assert weights == norm, "what one process notes, and earlier runs have noted"
@@ -1318,11 +1315,3 @@ def test_checkpointing_and_compilation_may_change_and_rollouts_stay_plain(
     run(monkeypatch, command(checkpoint, tmp_path, "--activation-checkpointing"))
     assert outcome(tmp_path)[0] == uninterrupted[0]
 
-
-if __name__ == "__main__":  # what the tests above start as processes of their own
-    if sys.argv[1] in ("ranks", "load"):
-        with rl.midtrain.clean_exit():  # leaves as the programs do, before gloo's threads can abort it
-            {"ranks": ranks_program, "load": load_program}[sys.argv[1]](sys.argv[2])
-    else:
-        rl.verify.reward, sys.argv = odd_reward, sys.argv[2:]
-        rl.main()

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import on_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -1005,16 +1006,16 @@ def fsdp_rank(rank: int, folder: str) -> None:
     dist.barrier()
 
 
-def leave_as_programs_do(rank: int, work, folder: str) -> None:
+def leave_as_programs_do(work, folder: str) -> None:
     """work(rank, folder), then out before gloo's threads can abort the process as the interpreter ends."""
     import midtrain
 
     with midtrain.clean_exit():
-        work(rank, folder)
+        work(int(os.environ["RANK"]), folder)
 
 
 def test_fsdp_ranks_sample_what_one_process_samples(tmp_path):
-    torch.multiprocessing.spawn(leave_as_programs_do, (fsdp_rank, str(tmp_path)), nprocs=2)
+    on_ranks(2, tmp_path, leave_as_programs_do, fsdp_rank, str(tmp_path))
     model, expected = random_llama(), []
     for _ in range(2):
         results = Sampler(model, None).generate(PROMPTS, 2, [5 + 7 * i for i in range(len(PROMPTS))])
