@@ -402,6 +402,8 @@ def open_data(args) -> str:
         return folder
     if "tokens" not in run:
         raise ValueError(f"--preset {args.preset} needs --data DIR, a folder made by python -m data.prepare")
+    if args.init:  # a wrong one is said before text is made
+        files.read_json(f"{args.init}/config.json")
     if not index:
         files.print0(f"[data] generating text and training a tokenizer on it: {folder}")
     own = RECIPE[args.branch].mixture or recipes.STAGES["tiny"].get(args.branch, ())
@@ -590,6 +592,9 @@ def setup(threads: int | None = None) -> World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a memset for every torch.empty
+    elif mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: keep what a step frees for the next
+        for parameter, most in ((-1, 1 << 30), (-3, 32 << 20)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, most)
     if "RANK" not in os.environ:
         return World(device=device)
     if sys.platform == "linux":  # if torchrun is killed, its ranks would train on: let them save and end

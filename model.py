@@ -22,7 +22,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -72,6 +72,10 @@ class LlamaConfig:
 
     def num_params(self) -> int:
         """Parameters, an output projection tied to the embedding counted once."""
+        return self._num_params
+
+    @cached_property  # plans ask a hundred times
+    def _num_params(self) -> int:
         with torch.device("meta"):
             return sum(p.numel() for p in Llama(self).parameters())
 

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import on_ranks
 
 import verify
 from data import benchmarks, files, prompts, recipes
@@ -571,10 +572,17 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def bench(checkpoint, folder, *flags, launch=()):
+def program(*args):
+    sys.argv = ["verify.py", *map(str, args)]
+    files.run_cli(verify.main)
+
+
+def bench(checkpoint, folder, *flags, ranks=1):
     args = ["--ckpt", checkpoint, "--data", folder, "--out", folder / "out", "--bench", "gsm8k,mmlu_stem"]
     args += ["--max-new-tokens", "9", "--samples", "2", "--temperature", "1", *flags]
-    done = process(*args, launch=launch) if launch else run(*args)
+    if ranks > 1:
+        return on_ranks(ranks, folder, program, *args)[0]
+    done = run(*args)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -599,8 +607,7 @@ def test_finished_benchmarks_are_skipped_and_others_repeated_on_any_number_of_ra
     whole = (out / "mmlu_stem.jsonl").read_text().splitlines()
     write_lines(out / "mmlu_stem.jsonl", *whole[:8])
     (out / "mmlu_stem.json").unlink()  # as if killed before the settings were written: rows count for nothing
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    again = bench(checkpoint, tmp_path / "cut", "--shots", "2", launch=ranks)
+    again = bench(checkpoint, tmp_path / "cut", "--shots", "2", ranks=2)
     assert again.splitlines()[0] == said.splitlines()[0] == f"{checkpoint}: float32 on cpu"
     assert again.splitlines()[1] == f"{out / 'gsm8k.jsonl'} is finished: skipped"
     assert again.splitlines()[2:-1] == said.splitlines()[1:-1]
@@ -725,8 +732,8 @@ def test_problems_seen_in_training_are_said(tmp_path):
 # The command line
 
 
-def process(*args, launch=()):
-    command = [sys.executable, *launch, str(ROOT / "verify.py"), *map(str, args)]
+def process(*args):
+    command = [sys.executable, str(ROOT / "verify.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
