@@ -209,7 +209,9 @@ def run_seed(out: str, seed: int, arms: list[str], jobs: int) -> None:
         return
     Path(out, "logs").mkdir(parents=True, exist_ok=True)
     rl_only = {ARMS[arm].rl.split()[1] for arm in todo if not ARMS[arm].stage and "--branch" in ARMS[arm].rl}
-    first = ["base --keep-every 600", "stable --keep-every 600", *sorted(rl_only)]
+    from_base = ("--branch base", CONTROLLED)  # these stages do not stand on stable
+    stable = any(not ARMS[arm].stage.startswith(from_base) for arm in todo)
+    first = ["base --keep-every 600", *["stable --keep-every 600"] * stable, *sorted(rl_only)]
     for stage in first:
         command(out, seed, f"midtrain.py --branch {stage} --threads {jobs} {OF_SEED}", stage.split()[0])
     todo += sorted({ARMS[arm].needs for arm in todo} - {"", *todo, *done})
@@ -422,7 +424,7 @@ def main() -> None:
     minutes = sum(ARMS[arm].minutes for arm in arms)
     each = ", ".join(f"{arm} {ARMS[arm].minutes:g}" for arm in arms)
     hours = (minutes + 14) * args.seeds / args.jobs / 60
-    files.print0(f"{len(arms)} arms a seed, minutes of one core: {each}; base and stable 14")
+    files.print0(f"{len(arms)} arms a seed, minutes of one core: {each}; base 2, stable 12")
     files.print0(f"about {hours:.1f} hours for all, if none is there yet")
     if args.dry:
         return

@@ -2,9 +2,9 @@
 
     python tests/bench_cpu.py [steps]
 
-Training and sampling in fp32 and bf16, learning in both and from other first weights, attention by blocks,
-the verifier. Seconds are CPU seconds of the process, arms interleaved, the best of three rounds: a busy
-machine disturbs them least.
+Memory between steps, training and sampling in fp32 and bf16, learning in both and from other first weights,
+attention by blocks, the verifier. Seconds are CPU seconds of the process, arms interleaved, the best of three
+rounds: a busy machine disturbs them least.
 
 Backward passes by hand were measured, and are not there: they saved too little. What a whole training step
 takes more without them (8 x 256 tokens, AVX512-BF16, torch 2.13; the median of 20 to 30 interleaved rounds of
@@ -21,6 +21,7 @@ takes more without them (8 x 256 tokens, AVX512-BF16, torch 2.13; the median of 
 """
 
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -66,6 +67,11 @@ def new_model(tok, dtype) -> Llama:
     return model
 
 
+def train(model, optimizer, loader: Loader, step: int) -> dict:
+    batch = loader.batch(step)
+    return midtrain.train_step(model, optimizer, batch, loader.names, 8, midtrain.World(), int)
+
+
 def training(folder: str, tok, steps: int) -> None:
     """Tokens per CPU second, and the loss after `steps` steps from the same weights on the same batches."""
     names = recipes.STAGES["tiny"]["stable"]
@@ -78,9 +84,7 @@ def training(folder: str, tok, steps: int) -> None:
 
         def step(model=model, optimizer=optimizer, done=done, dtype=dtype) -> None:
             for _ in range(8):
-                batch = loader.batch(next(done))
-                row = midtrain.train_step(model, optimizer, batch, loader.names, 8, midtrain.World())
-                losses.setdefault(dtype, []).append(row["loss"])
+                losses.setdefault(dtype, []).append(train(model, optimizer, loader, next(done))["loss"])
 
         arms[dtype] = step
     seconds = best(arms)
@@ -104,10 +108,28 @@ def blocks(folder: str, tok) -> None:
         def steps(longest: int, model=model, optimizer=optimizer) -> None:
             with mock.patch.object(llama, "LONGEST_BLOCKED", longest):
                 for i in range(8):
-                    midtrain.train_step(model, optimizer, loader.batch(i), loader.names, 8, midtrain.World())
+                    train(model, optimizer, loader, i)
 
         seconds = best({longest: partial(steps, longest) for longest in (256, 0)})
         print(f"training {dtype}: a step takes {seconds[0] / seconds[256]:.2f} times as long without blocks")
+
+
+def memory(folder: str, tok) -> None:
+    """What giving memory back after each step costs, and what is left of it after setup(), which keeps it."""
+    loader = Loader(folder, recipes.STAGES["tiny"]["stable"], 256, 8, 0)
+    model = new_model(tok, torch.float32)
+    optimizer = midtrain.make_optimizer(model, 2e-3)
+    for name in ("given back", "kept"):
+        for i in range(5):
+            train(model, optimizer, loader, i)
+        begin = resource.getrusage(resource.RUSAGE_SELF)
+        for i in range(30):
+            train(model, optimizer, loader, i)
+        end = resource.getrusage(resource.RUSAGE_SELF)
+        user, kernel = (1e3 * (after - before) / 30 for before, after in zip(begin[:2], end[:2]))
+        faults = (end.ru_minflt - begin.ru_minflt) / 30
+        print(f"memory {name}: {user:.0f} ms a step, {kernel:.1f} in the kernel; {faults:,.0f} page faults")
+        midtrain.setup(1)
 
 
 def initialisation(folder: str, tok, steps: int) -> None:
@@ -124,8 +146,7 @@ def initialisation(folder: str, tok, steps: int) -> None:
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = midtrain.learning_rate("base", step, steps, 2e-3, 30)
-            row = midtrain.train_step(model, optimizer, loader.batch(step), loader.names, 8, midtrain.World())
-            losses.append(row["loss"])
+            losses.append(train(model, optimizer, loader, step)["loss"])
         loss = sum(losses[-50:]) / 50
         print(f"first weights of std {name}: mean loss of the last 50 of {steps} steps {loss:.4f}")
 
@@ -154,6 +175,7 @@ def main() -> None:
         tokens = {"general": 300_000, "web": 1_000_000, "short_cot": 400_000, "instruct": 100_000}
         prepare.prepare_synth(folder, 1024, 256, tokens)
         tok = tokenizer.load(folder)
+        memory(folder, tok)  # before anything else has called setup()
         steps = int(sys.argv[1]) if len(sys.argv) > 1 else 400
         training(folder, tok, steps)
         blocks(folder, tok)

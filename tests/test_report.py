@@ -183,6 +183,10 @@ def test_findings(tmp_path, monkeypatch, capsys):
     assert [" ".join(line.split()[:3]) for line in ran[2:]] == [
         "midtrain.py --branch stable", "rl.py --branch stable", "-m data.prepare --out",
         "midtrain.py --branch long", "rl.py --branch own"]
+    ran.clear()
+    findings.run_seed(f"{tmp_path}/seed3", 3, ["noisy"], 2)  # stands on the base: no stable stage
+    assert [" ".join(line.split()[1:3]) for line in ran] == [
+        "--branch base", "--branch controlled", "--branch noisy"]
     shutil.rmtree(tmp_path / "seed1")  # its lines stay, and are not run again
     ran.clear()
     monkeypatch.setattr(sys, "argv", ["findings", "--only", "F1", "--seeds", "2", "--runs", str(tmp_path)])
