@@ -10,9 +10,10 @@ again, nor what has a line in findings.jsonl (in --to), which keeps the results 
 
 A *claim* compares two arms on the same 500 held-out problems, in the seeds that have both. Its 95 %
 interval is a bootstrap over seeds and problems, or Student's interval of the seeds' means where that is
-wider: two or three seeds, drawn anew, say too little of others. The claim is shown if all of the interval
-is above 0, reversed if all of it is below, else not shown. The results in assets/ were measured in fp32,
-one thread an arm, on two AMD cores without AVX512-BF16, torch 2.13.
+wider: two or three seeds, drawn anew, say too little of others, and one, whose interval is over problems
+only, nothing. The claim is shown if all of the interval is above 0, reversed if all of it is below, else
+not shown. The results in assets/ were measured in fp32, one thread an arm, on two AMD cores without
+AVX512-BF16, torch 2.13.
 """
 
 import hashlib
@@ -108,7 +109,10 @@ FINDINGS = {
         (Claim("a schooled base gains more than the base", "schooled", "base", "gain"),
          Claim("what was mid-trained gains more than the base", "long", "base", "gain"),
          Claim("long ends above short", "long", "short"), Claim("hybrid ends above short", "hybrid", "short"),
-         Claim("long ends above hybrid", "long", "hybrid"))),
+         Claim("long ends above hybrid", "long", "hybrid")),
+        ("Long gains little where it starts high (seed 1: 66.0 → 72.2), hence the wide interval of its gain; "
+         "after RL it is 60 to 71 points above the base in every seed. The schooled base has seen 15 % of "
+         "short chains at a constant rate; RL brings their form out, and ends between stable and short.",)),
     "F1": Finding(
         "Clean web text before RL is better than noisy",
         "FineMath-4plus 11.0, MegaMath-Web-Pro 36.6, Pro-Max 31.8",
@@ -360,6 +364,8 @@ def judge(claim: Claim, results: dict, seeds: list[int]) -> tuple[float, float, 
         d = d - np.stack([scores(results[claim.less, seed], claim.what) for seed in seeds])
     mean, low, high = (100 * x for x in interval(d))
     verdict = "shown" if low > 0 else "reversed" if high < 0 else "not shown"
+    if len(seeds) == 1:
+        return mean, low, high, "one seed: not judged"
     if not claim.paper:
         verdict += ", unlike in the paper" if low > 0 else ", nor in the paper"
     return mean, low, high, verdict
