@@ -117,7 +117,9 @@ FINDINGS = {
         "Clean web text before RL is better than noisy",
         "FineMath-4plus 11.0, MegaMath-Web-Pro 36.6, Pro-Max 31.8",
         (Claim("after RL, clean above noisy", "web", "noisy"),
-         Claim("before RL, clean above noisy", "web", "noisy", "before"))),
+         Claim("before RL, clean above noisy", "web", "noisy", "before")),
+        ("After RL clean is above noisy in each seed, by 1.0, 9.6 and 10.2 points: too few seeds for so "
+         "uneven a difference. In seed 2, RL from noisy text finds no chain at all.",)),
     "C": Finding(
         "What curation makes of a crawl is better to start RL from than the crawl",
         "Pro-Max, a curated and rewritten MegaMath-Web, 31.8 after RL; of the crawl no figure",
@@ -133,7 +135,10 @@ FINDINGS = {
         (Claim("short above web alone", "qa_short", "web", paper=False),
          Claim("long above web alone", "qa_long", "web"),
          Claim("long falls after its best", "qa_long", "", "fall")),
-        ("Tried first, with 800 steps of mid-training: nothing gets off the floor. Seeds 1, 2: web 1.8 → "
+        ("Before RL little shows of the tenth (1 to 4 %); GRPO finds the chains in ten steps (long, seed 1: 0.6 "
+         "→ 44.5 % of 200 problems). Then lengths stay at 70 to 75 tokens, far from the cap of 224: no collapse. "
+         "Short chains help too, unlike in the paper: mostly on the easiest level, 66 % for 35 %.",
+         "Tried first, with 800 steps of mid-training: nothing gets off the floor. Seeds 1, 2: web 1.8 → "
          "3.4 and 1.4 → 1.8 %, qa_short 1.6 → 4.4 and 1.6 → 1.6 %, qa_long 1.4 → 2.6 (8.5 % of 200 "
          "problems at step 30) and 0.8 → 2.2 %; seed 1: instruct_short 2.4 → 1.8 %.",)),
     "F3": Finding(
