@@ -135,8 +135,8 @@ FINDINGS = {
         (Claim("short above web alone", "qa_short", "web", paper=False),
          Claim("long above web alone", "qa_long", "web"),
          Claim("long falls after its best", "qa_long", "", "fall")),
-        ("Before RL little shows of the tenth (1 to 4 %); GRPO finds the chains in ten steps (long, seed 1: 0.6 "
-         "→ 44.5 % of 200 problems). Then lengths stay at 70 to 75 tokens, far from the cap of 224: no collapse. "
+        ("Before RL little shows of the tenth (1 to 4 %). GRPO finds the chains in ten steps (long, seed 1: "
+         "0.6 → 44.5 % of 200 problems); then lengths stay at 70 to 75 tokens, below the cap: no collapse. "
          "Short chains help too, unlike in the paper: mostly on the easiest level, 66 % for 35 %.",
          "Tried first, with 800 steps of mid-training: nothing gets off the floor. Seeds 1, 2: web 1.8 → "
          "3.4 and 1.4 → 1.8 %, qa_short 1.6 → 4.4 and 1.6 → 1.6 %, qa_long 1.4 → 2.6 (8.5 % of 200 "
