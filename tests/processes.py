@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 TESTS = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
@@ -23,13 +24,10 @@ class Process:
     stdout and stderr are names of files, which are appended to (default: the test's own)."""
 
     def __init__(self, function: Callable, *args, stdout="", stderr=""):
-        paths = os.environ.get("PYTHONPATH", "")
-        os.environ["PYTHONPATH"] = f"{TESTS.parent}:{TESTS}:{paths}"  # of the server, which this may start
         FORKS.set_forkserver_preload(PRELOAD)
-        try:
+        paths = f"{TESTS.parent}:{TESTS}:{os.environ.get('PYTHONPATH', '')}"
+        with mock.patch.dict(os.environ, PYTHONPATH=paths):  # the server's, which this may start
             multiprocessing.forkserver.ensure_running()
-        finally:
-            os.environ["PYTHONPATH"] = paths
         begin = (function, args, str(stdout), str(stderr), dict(os.environ))
         self.process = FORKS.Process(target=run, args=begin)
         self.process.start()
@@ -76,12 +74,16 @@ def launch(ranks: int, function: Callable, *args) -> None:
 
 
 def fork(environment: dict, function: Callable, args: tuple) -> int:
+    """→ the process id. A rank leaves as the programs do, before gloo's threads can abort it at its end."""
+    import midtrain
+
     if pid := os.fork():
         return pid
     code = 1
     try:
         os.environ.update(environment)
-        function(*args)
+        with midtrain.clean_exit():
+            function(*args)
         code = 0
     except SystemExit as end:
         code = end.code

@@ -33,11 +33,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("general", "web", "short_cot", "long_cot", "instruct")
 DRIVER = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import midtrain, test_midtrain
-from data import files
-from data.files import run_cli
-test_midtrain.make_small()
-run_cli(midtrain.main)
+import test_midtrain
+test_midtrain.program({{patch!r}}, *sys.argv[1:])
 """
 
 
@@ -86,7 +83,7 @@ def train(shards, monkeypatch):
 
 
 def program(patch: str, *flags) -> None:
-    """What DRIVER is, in a process that is there already."""
+    """Execute `patch`, then be midtrain.py with these flags and a minute tiny preset."""
     sys.argv = [str(word) for word in ("midtrain.py", "--dtype", "fp32", *flags)]
     make_small()
     exec(patch, {"sys": sys, "midtrain": midtrain, "files": files})
@@ -101,9 +98,9 @@ def ranks(folder: Path, count: int, *flags, patch: str = "", code: int = 0) -> t
 def torchrun(folder: Path, ranks: int, *flags, patch="", nodes=("--standalone",), **pipes):
     """Start the same under torchrun: for what is about torchrun itself. → Popen"""
     driver = folder / f"driver{abs(hash(patch))}.py"
-    driver.write_text(DRIVER.replace("run_cli(midtrain.main)", patch + "\nrun_cli(midtrain.main)"))
+    driver.write_text(DRIVER.format(patch=patch))
     launch = (sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc_per_node={ranks}", driver)
-    command = [str(word) for word in (*launch, "--dtype", "fp32", *flags)]
+    command = [str(word) for word in (*launch, *flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | pipes
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **pipes)
 
@@ -374,8 +371,8 @@ def test_the_readmes_batch_script_survives_the_time_limit(tmp_path, shards):
     command = "torchrun --nnodes"
     assert script.count(command) == 1 and "--signal=B:TERM@" in script
     driver = tmp_path / "driver.py"
-    driver.write_text(DRIVER)
-    flags = f"--branch base --steps 100000 --dtype fp32 --out {tmp_path} --data {shards}"
+    driver.write_text(DRIVER.format(patch=""))
+    flags = f"--branch base --steps 100000 --out {tmp_path} --data {shards}"
     launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {driver} {flags}"
     start, end = script.index("srun "), script.index(" &", script.index("srun "))
     (tmp_path / "job.sh").write_text(script[:start] + "srun " + launch + script[end:])
@@ -931,9 +928,9 @@ def test_two_nodes_meet_and_train_as_one_process(train, tmp_path, shards):
     meet = f"--rdzv_endpoint=localhost:{free_port()}"
     nodes = ("--nnodes=2", "--rdzv_backend=c10d", meet, "--rdzv_id=test")
     flags = (*command, "--out", tmp_path / "two", "--replicate", "2")
-    agents = [torchrun(tmp_path, 1, *flags, "--micro-batch", "2", nodes=nodes) for _ in range(2)]
+    agents = [torchrun(tmp_path, 2, *flags, "--micro-batch", "2", nodes=nodes) for _ in range(2)]
     said = [finish(agent)[0] for agent in agents]
-    assert sorted(text.count("fp32 on 2 x cpu") for text in said) == [0, 1], "one rank of one node speaks"
+    assert sorted(text.count("fp32 on 4 x cpu") for text in said) == [0, 1], "one rank of one node speaks"
     train(tmp_path / "one", *command)
     assert_same_losses(tmp_path / "one/base", tmp_path / "two/base")
 

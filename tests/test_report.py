@@ -169,6 +169,8 @@ def test_findings(tmp_path, monkeypatch, capsys):
     stage = "`midtrain.py --branch controlled --steps 2400 --mix web`"
     assert f"- web: {stage}, then `rl.py --branch web`" in text
     assert (tmp_path / "findings-F1.png").stat().st_size > 9000
+    results = findings.read_results(tmp_path / "findings.jsonl")
+    assert findings.judge(findings.FINDINGS["F1"].claims[0], results, [1])[3] == "one seed: not judged"
     ran = []
     monkeypatch.setattr(findings, "command", lambda out, seed, line, log: ran.append(line))
     monkeypatch.setattr(sys, "argv", ["findings", "--only", "F5", "--seeds", "1", "--runs", str(tmp_path)])

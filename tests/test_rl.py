@@ -480,11 +480,6 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path):
 
 
 def ranks_program(path):
-    with midtrain.clean_exit():  # leaves as the programs do, before gloo's threads can abort it
-        gradients_of_ranks(path)
-
-
-def gradients_of_ranks(path):
     world = midtrain.setup(1)
     found = {}
     for case, (where, has) in CASES.items():
@@ -1169,11 +1164,6 @@ def test_other_settings_are_refused(checkpoint, tmp_path, monkeypatch):
 
 
 def load_program(folder):
-    with midtrain.clean_exit():
-        load_on_ranks(folder)
-
-
-def load_on_ranks(folder):
     """What two ranks hold of the policy and of its reference, without either reading a whole model."""
     world, found = midtrain.setup(1), {}
     monkeypatch = pytest.MonkeyPatch()
@@ -1314,4 +1304,3 @@ def test_checkpointing_and_compilation_may_change_and_rollouts_stay_plain(
     run(monkeypatch, command(checkpoint, tmp_path, "--steps", "4"))
     run(monkeypatch, command(checkpoint, tmp_path, "--activation-checkpointing"))
     assert outcome(tmp_path)[0] == uninterrupted[0]
-
