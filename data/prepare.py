@@ -48,6 +48,7 @@ from data.shards import AGAIN, read_index, tok_dtype, write_shard
 
 VAL_EVERY = 64  # of a real source, every 64th document is held out
 CHUNK_CHARACTERS = 1 << 20  # of text in a chunk: a tenth of a second of work
+VOCABULARY_CHARACTERS = 2_000_000  # of all sources together, to train a tokenizer on
 BAD_ROWS = 0.01  # share of a source's rows that may be bad: broken JSON, another type, no such column
 READABLE = tuple(kind + pack for kind in (".jsonl", ".json") for pack in ("", ".gz", ".zst")) + (".parquet",)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -136,7 +137,8 @@ def kept_documents(source, rows, dtype, seq_len, held_out: list, dropped: Counte
 
 def tokenised(source: Source, count, pool, workers: int) -> Iterator[tuple[str, bytes | str, bytes]]:
     """tokenise() of all rows of a source, in their order."""
-    work, chunks = partial(tokenise, guarded=source.guarded), in_chunks(source.read(count))
+    size = min(CHUNK_CHARACTERS, 4 * (source.max_tokens or CHUNK_CHARACTERS))  # few tokens: little is read
+    work, chunks = partial(tokenise, guarded=source.guarded), in_chunks(source.read(count), size)
     for rows in in_order(work, chunks, pool, workers, "starts this source over"):
         yield from rows
 
@@ -258,11 +260,11 @@ def check_two_documents(name: str, source: Source) -> None:
     raise ValueError(f"{what}: {how}leave it out (--sources)")
 
 
-def train_tokenizer(sources: dict[str, Source], vocab_size: int, characters=2_000_000) -> tokenizer.Tokenizer:
+def train_tokenizer(sources: dict[str, Source], vocab_size: int) -> tokenizer.Tokenizer:
     """A vocabulary from the beginnings of all sources, each with the same number of characters."""
     texts = []
     for source in sources.values():
-        room = characters // len(sources)
+        room = VOCABULARY_CHARACTERS // len(sources)
         for number, text in enumerate(filter(None, source.read())):
             if number % source.val_every:
                 texts.append(text[:room])

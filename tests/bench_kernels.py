@@ -292,7 +292,7 @@ def peak_above(f, kept: int) -> float:
 
 
 def nll_table() -> None:
-    N, C, V = (64, 32, 1000) if TINY else (8192, 2048, 128_256)
+    N, C, V = (8, 32, 1000) if TINY else (8192, 2048, 128_256)
     h, weight = randn(N, C).requires_grad_(), (randn(V, C) * C**-0.5).detach().requires_grad_()
     targets = torch.randint(V, (1, N), device=DEVICE)
     grad = torch.randn(N, device=DEVICE)
@@ -328,7 +328,7 @@ def nll_table() -> None:
 
 
 def decode_inputs(block_len: int):
-    R, H, K, D, low, high = (4, 6, 2, 32, 10, 90) if TINY else (256, 24, 8, 128, 1024, 8192)
+    R, H, K, D, low, high = (2, 6, 2, 32, 10, 40) if TINY else (256, 24, 8, 128, 1024, 8192)
     lengths = torch.randint(low, high + 1, (R,))
     width = -(-high // block_len)
     table = torch.randperm(R * width).view(R, width).int().to(DEVICE)
@@ -353,12 +353,12 @@ def decode_table() -> None:
 def rope_table() -> None:
     """What stands between two products of a decoding step: so little that starting kernels is the cost."""
     head("RoPE and cache of a new token, 64 rows, 24/8 heads of 128", "µs")
-    H, K, D = (6, 2, 32) if TINY else (24, 8, 128)
+    R, H, K, D = (4, 6, 2, 32) if TINY else (64, 24, 8, 128)
     config = model.LlamaConfig(8, 1, 8, H, K, D, 8)
-    cache = model.KVCache(config, 64, 64, BF16, DEVICE, 64, 65)
-    cache.table[:] = torch.arange(1, 65, device=DEVICE)[:, None]
+    cache = model.KVCache(config, R, 64, BF16, DEVICE, 64, R + 1)
+    cache.table[:] = torch.arange(1, R + 1, device=DEVICE)[:, None]
     cache.lengths += 17
-    q, k, v = (randn(64, 1, heads, D) for heads in (H, K, K))
+    q, k, v = (randn(R, 1, heads, D) for heads in (H, K, K))
     rope = model.rope_tables(torch.rand(D // 2, device=DEVICE), cache.lengths[:, None])
 
     def plain():

@@ -153,6 +153,8 @@ def programs(args) -> None:
     shutil.rmtree(out, ignore_errors=True)
     T, vocab, sizes = (64, 300, 4_000) if args.dry else (8192, 1024, 400_000)
     sources = ("general", "web", "short_cot", "long_cot", "instruct")
+    if args.dry:
+        prepare.VOCABULARY_CHARACTERS = 200_000
     prepare.prepare_synth(out / "data", vocab, T, dict.fromkeys(sources, sizes))
     tok = tokenizer.load(out / "data")
     preset = "tiny" if args.dry else "1b"

@@ -40,6 +40,7 @@ test_midtrain.program({{patch!r}}, *sys.argv[1:])
 
 def make_small() -> None:
     """The tiny preset made minute, here and in the processes that the tests start."""
+    prepare.VOCABULARY_CHARACTERS = 200_000
     midtrain.PRESETS["tiny"] = LlamaConfig(300, 2, 32, 4, 2, 8, 64)
     midtrain.RUNS["tiny"] = midtrain.RUNS["tiny"] | {
         "steps": midtrain._stages(4, 4, 4, 4),
@@ -59,6 +60,7 @@ def make_small() -> None:
 def small(monkeypatch):
     for table in ("PRESETS", "RUNS"):
         monkeypatch.setattr(midtrain, table, dict(getattr(midtrain, table)))
+    monkeypatch.setattr(prepare, "VOCABULARY_CHARACTERS", prepare.VOCABULARY_CHARACTERS)
     make_small()
     files.print0_once.cache_clear()
 
@@ -66,7 +68,9 @@ def small(monkeypatch):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    prepare.prepare_synth(folder, 300, 64, dict.fromkeys(SOURCES, 20_000), 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "VOCABULARY_CHARACTERS", 200_000)
+        prepare.prepare_synth(folder, 300, 64, dict.fromkeys(SOURCES, 20_000), 0)
     return folder
 
 
@@ -373,7 +377,7 @@ def test_the_readmes_batch_script_survives_the_time_limit(tmp_path, shards):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(patch=""))
     flags = f"--branch base --steps 100000 --out {tmp_path} --data {shards}"
-    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {driver} {flags}"
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=1 {driver} {flags}"
     start, end = script.index("srun "), script.index(" &", script.index("srun "))
     (tmp_path / "job.sh").write_text(script[:start] + "srun " + launch + script[end:])
     for name, body in (("srun", 'exec "$@"'), ("scontrol", f'echo "$@" >> {tmp_path}/asked')):
