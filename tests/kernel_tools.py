@@ -4,6 +4,7 @@ Compilation for a GPU that is not there, inputs, and exact references in float64
 """
 
 import contextlib
+import inspect
 import os
 import re
 import subprocess
@@ -18,18 +19,28 @@ import model
 
 
 def mend_interpreter() -> None:
-    """Triton's interpreter before 3.7 makes an index of an array of one number, which NumPy 2.4 refuses."""
+    """Triton's interpreter before 3.7 makes an index of an array of one number, which NumPy 2.4 refuses. And
+    every call of a function in a kernel searches the language for what to replace: here once a module."""
     import triton
+    from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
-    plain = interpreter._patch_lang_tensor
+    plain, names = interpreter._patch_lang_tensor, {}
 
     def patch(tensor, scope) -> None:
         plain(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
+    def patch_builtin(where, builder, scope) -> None:
+        if where not in names:
+            names[where] = [name for name, member in inspect.getmembers(where) if is_builtin(member)]
+        for name in names[where]:
+            if is_builtin(member := getattr(where, name)):  # not yet replaced
+                interpreter._patch_attr(where, name, member, builder, scope)
+
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         interpreter._patch_lang_tensor = patch
+    interpreter._patch_builtin = patch_builtin
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and model.triton:
