@@ -252,9 +252,9 @@ def test_the_calculator():
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_expressions_are_errors_at_once(what):
-    start = time.perf_counter()
+    start = time.process_time()
     assert verify.calculate(HOSTILE[what]) == "error"
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_random_expressions_are_bounded():
