@@ -88,7 +88,7 @@ $(VENV)/test.ok: $(VENV)/run.ok requirements-dev.txt
 	@touch $@
 
 test: $(VENV)/test.ok
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal tests
 
 bench: $(VENV)/test.ok
 	@for f in tests/bench_*.py; do echo "== $$f"; $(PY) $$f || exit 1; done
