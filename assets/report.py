@@ -231,7 +231,8 @@ def plot_rl(groups: dict[str, list[list[dict]]], path: str) -> None:
         axes.grid(axis="y", alpha=0.3)
     lines = left.get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=min(len(groups), 6), frameon=False)
-    few, seeds = min(counts := [*map(len, groups.values())]), max(counts)
+    counts = [len(runs) for runs in groups.values()]
+    few, seeds = min(counts), max(counts)
     of = f": mean and range of {f'{few} to ' * (few < seeds)}{seeds} seeds" * (seeds > 1)
     figure.suptitle(f"GRPO from different starting points{of}")
     figure.savefig(path, dpi=150)

@@ -1,8 +1,13 @@
-"""Processes that tests start see no GPU: a machine with one would give two ranks the same, or none."""
+"""Processes that tests start see no GPU: a machine with one would give two ranks the same, or none. And
+vocabularies are trained on little text."""
 
 import os
 
 import torch
+
+from data import prepare
+
+prepare.VOCABULARY_CHARACTERS = 200_000
 
 WERE = "OCTO_VISIBLE_DEVICES"  # what pytest -n was started with: its workers are to see that
 if "PYTEST_XDIST_WORKER" in os.environ and WERE in os.environ:

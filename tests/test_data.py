@@ -34,13 +34,6 @@ def documents(source, seed, split):
         yield f"{source}, {split} {seed}, document {i}: " + "so it goes " * ((i * 7 + seed) % 12)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_text_for_vocabularies():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "VOCABULARY_CHARACTERS", 200_000)
-        yield
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

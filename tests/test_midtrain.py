@@ -40,7 +40,7 @@ test_midtrain.program({{patch!r}}, *sys.argv[1:])
 
 def make_small() -> None:
     """The tiny preset made minute, here and in the processes that the tests start."""
-    prepare.VOCABULARY_CHARACTERS = 200_000
+    prepare.VOCABULARY_CHARACTERS = 200_000  # as conftest.py, which those do not read
     midtrain.PRESETS["tiny"] = LlamaConfig(300, 2, 32, 4, 2, 8, 64)
     midtrain.RUNS["tiny"] = midtrain.RUNS["tiny"] | {
         "steps": midtrain._stages(4, 4, 4, 4),
@@ -60,7 +60,6 @@ def make_small() -> None:
 def small(monkeypatch):
     for table in ("PRESETS", "RUNS"):
         monkeypatch.setattr(midtrain, table, dict(getattr(midtrain, table)))
-    monkeypatch.setattr(prepare, "VOCABULARY_CHARACTERS", prepare.VOCABULARY_CHARACTERS)
     make_small()
     files.print0_once.cache_clear()
 
@@ -68,9 +67,7 @@ def small(monkeypatch):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "VOCABULARY_CHARACTERS", 200_000)
-        prepare.prepare_synth(folder, 300, 64, dict.fromkeys(SOURCES, 20_000), 0)
+    prepare.prepare_synth(folder, 300, 64, dict.fromkeys(SOURCES, 20_000), 0)
     return folder
 
 

@@ -313,8 +313,7 @@ def test_rollouts_that_become_a_source():
 
 
 @pytest.mark.parametrize("seq_len", [512, 128])  # 128: most documents are cut, some in a result
-def test_results_are_no_targets(tmp_path, seq_len, monkeypatch):
-    monkeypatch.setattr(prepare, "VOCABULARY_CHARACTERS", 200_000)
+def test_results_are_no_targets(tmp_path, seq_len):
     prepare.prepare_synth(tmp_path, 300, seq_len, {"tool_cot": 20_000, "long_cot": 20_000})
     tok = tokenizer.load(tmp_path)
     loader = Loader(tmp_path, {"tool_cot": 0.5, "long_cot": 0.5}, seq_len, 4)
