@@ -61,6 +61,7 @@ ARMS = {
     "long_complex": Arm(5, rl="--branch long --template complex"),
     "long_staged": Arm(5, rl="--branch long --length-schedule 0:64,20:128,40:224"),
     "complex_staged": Arm(5, rl="--branch long --template complex --length-schedule 0:64,20:128,40:224"),
+    "complex_128": Arm(5, rl="--branch long --template complex --length-schedule 0:128,40:224"),
     "stable_25": Arm(2, rl="--ckpt {out}/stable@600"),
     "stable_50": Arm(2, rl="--ckpt {out}/stable@1200"),
     "long_10": Arm(9, f"{DECAY},web=0.75,long_cot=0.1"),
@@ -154,6 +155,7 @@ FINDINGS = {
         "step 0: 0.2 → 33.0; with stages 52.4 at the end, without a decline",
         (Claim("before RL, complex above simple", "long_complex", "long", "before"),
          Claim("after RL, complex with stages above complex", "complex_staged", "long_complex"),
+         Claim("after RL, complex with stages from 128 above complex", "complex_128", "long_complex", paper=False),
          Claim("after RL, simple with stages above simple", "long_staged", "long"),
          Claim("complex falls after its best", "long_complex", "", "fall"))),
     "F5": Finding(
