@@ -155,7 +155,7 @@ FINDINGS = {
         "step 0: 0.2 → 33.0; with stages 52.4 at the end, without a decline",
         (Claim("before RL, complex above simple", "long_complex", "long", "before"),
          Claim("after RL, complex with stages above complex", "complex_staged", "long_complex"),
-         Claim("after RL, complex with stages from 128 above complex", "complex_128", "long_complex", paper=False),
+         Claim("after RL, complex with stages from 128 above complex", "complex_128", "long_complex"),
          Claim("after RL, simple with stages above simple", "long_staged", "long"),
          Claim("complex falls after its best", "long_complex", "", "fall"))),
     "F5": Finding(
