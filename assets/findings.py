@@ -208,8 +208,8 @@ FINDINGS = {
          Claim("long without pieces above short", "long_whole", "short")),
         ("One operation at a time. Short chains that write an equation for each operation, not for each "
          "person, start at 47 to 69 % and end where long does, with 32 tokens in place of 75. That long "
-         "chains work out each operation in pieces shows no gain: 72.2 and 65.8 % with, 72.4 and 64.6 "
-         "without (seeds 1, 2). By hand, on one seed: the log, What gives long chains their advantage?",)),
+         "chains work out each operation in pieces shows no gain: 72.2, 65.8, 61.0 % with, 72.4, "
+         "64.6, 68.6 without. By hand, on one seed: the log, What gives long chains their advantage?",)),
     "T": Finding(
         "A calculator within the chain of thought",
         "left for future work",
