@@ -371,13 +371,13 @@ class Llama(nn.Module):
         return nll if reduction == "none" else (nll.sum(), nll.detach())
 
     def _nll_reference(self, h: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        logits = F.linear(h, *padded(self.output_weight(h.dtype))).float()
-        logits = logits if temperature == 1.0 else logits / temperature
+        logits = self.logits(h) if temperature == 1.0 else self.logits(h) / temperature
         return F.cross_entropy(logits, targets.clamp(min=-1), ignore_index=-1, reduction="none")
 
     @staticmethod
     def from_pretrained(path: str, device="cpu", dtype: torch.dtype | None = None) -> "Llama":
-        """The model in a folder, tensor by tensor: as stored, or matrices in dtype, vectors in fp32."""
+        """The model in a checkpoint folder with config.json, a tensor at a time: in the dtype stored,
+        or matrices in this one and vectors in fp32."""
         with torch.device("meta"):
             model = Llama(config_from_hf(read_json(os.path.join(path, "config.json"))))
         if dtype or not weight_files(path):
@@ -497,7 +497,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Te
     return (probs.to(v.dtype) @ v).view(R, H, D)
 
 
-# ---- On a CPU: attention by blocks of queries, a padded vocabulary -----------------------------------------
+# ---- Attention by blocks of queries, on a CPU --------------------------------------------------------------
 # torch's fused kernel visits all keys where there is a mask. Here a block of queries meets only the keys
 # between the first that one of them sees and the last, and the row's common prefix. Without it a training
 # step of the tiny preset takes 10 % longer in fp32 and 45 % in bf16 (tests/bench_cpu.py). In bf16, scores and
@@ -533,17 +533,6 @@ def block_attention(q, k, v, doc_start: Tensor | None, mask: Tensor | None, pref
 def _ranges(x: Tensor, ranges: list[tuple[int, int]], dim: int) -> Tensor:
     parts = [x.narrow(dim, begin, end - begin) for begin, end in ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def padded(weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """An output projection (V, hidden) and its bias, with words of probability 0 up to a multiple of 16.
-
-    MKL on AMD takes twice as long for 985 columns as for 992. Without it a training step of the tiny preset
-    takes 7 % longer in fp32 (tests/bench_cpu.py).
-    """
-    if not (pad := -len(weight) % 16):
-        return weight, None
-    return F.pad(weight, (0, 0, 0, pad)), F.pad(weight.new_zeros(len(weight)), (0, pad), value=-torch.inf)
 
 
 # ---- The kernels (CUDA). Tests hold each equal to the plain PyTorch that it stands in for ------------------

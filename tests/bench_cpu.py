@@ -3,8 +3,8 @@
     python tests/bench_cpu.py [steps]
 
 Memory between steps, training and sampling in fp32 and bf16, learning in both and from other first weights,
-attention by blocks, a padded vocabulary, the verifier. Seconds are CPU seconds of the process, arms
-interleaved, the best of three rounds: a busy machine disturbs them least.
+attention by blocks, the verifier. Seconds are CPU seconds of the process, arms interleaved, the best of three
+rounds: a busy machine disturbs them least.
 
 Backward passes by hand were measured, and are not there: they saved too little. What a whole training step
 takes more without them (8 x 256 tokens, AVX512-BF16, torch 2.13; the median of 20 to 30 interleaved rounds of
@@ -114,22 +114,6 @@ def blocks(folder: str, tok) -> None:
         print(f"training {dtype}: a step takes {seconds[0] / seconds[256]:.2f} times as long without blocks")
 
 
-def vocabulary(folder: str, tok) -> None:
-    """A training step with the output projection padded to a multiple of 16, and as it is."""
-    loader = Loader(folder, recipes.STAGES["tiny"]["stable"], 256, 8, 0)
-    model = new_model(tok, torch.float32)
-    optimizer = midtrain.make_optimizer(model, 2e-3)
-
-    def steps(padded) -> None:
-        with mock.patch.object(llama, "padded", padded):
-            for i in range(8):
-                train(model, optimizer, loader, i)
-
-    seconds = best({False: partial(steps, lambda weight: (weight, None)), True: partial(steps, llama.padded)})
-    ratio = seconds[False] / seconds[True]
-    print(f"training: a step takes {ratio:.2f} times as long with {tok.vocab_size} words and no padding")
-
-
 def memory(folder: str, tok) -> None:
     """What giving memory back after each step costs, and what is left of it after setup(), which keeps it."""
     loader = Loader(folder, recipes.STAGES["tiny"]["stable"], 256, 8, 0)
@@ -195,7 +179,6 @@ def main() -> None:
         steps = int(sys.argv[1]) if len(sys.argv) > 1 else 400
         training(folder, tok, steps)
         blocks(folder, tok)
-        vocabulary(folder, tok)
         initialisation(folder, tok, steps)
         sampling(tok)
     verifying()
