@@ -460,6 +460,8 @@ def main() -> None:
     keys = args.only.split(",")
     if unknown := [key for key in keys if key not in FINDINGS]:
         raise ValueError(f"no finding {unknown[0]} (valid: {', '.join(FINDINGS)})")
+    if min(args.seeds, args.jobs) < 1:
+        raise ValueError(f"--seeds {args.seeds} and --jobs {args.jobs} must be at least 1")
     arms = list(dict.fromkeys(arm for key in keys for arm in arms_of(FINDINGS[key])))
     seeds, to = range(1, args.seeds + 1), Path(args.to or args.runs)
     minutes = sum(ARMS[arm].minutes for arm in arms)

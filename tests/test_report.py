@@ -169,6 +169,10 @@ def test_findings(tmp_path, monkeypatch, capsys):
     stage = "`midtrain.py --branch controlled --steps 2400 --mix web`"
     assert f"- web: {stage}, then `rl.py --branch web`" in text
     assert (tmp_path / "findings-F1.png").stat().st_size > 9000
+    for none in ("--seeds", "--jobs"):
+        monkeypatch.setattr(sys, "argv", ["findings", "--runs", str(tmp_path), none, "0"])
+        with pytest.raises(ValueError, match="--seeds . and --jobs . must be at least 1"):
+            findings.main()
     results = findings.read_results(tmp_path / "findings.jsonl")
     assert findings.judge(findings.FINDINGS["F1"].claims[0], results, [1])[3] == "one seed: not judged"
     ran = []
